@@ -1,0 +1,3 @@
+"""openeva: EVA (arXiv 2211.07636) as a tool."""
+
+__version__ = "0.1.0"

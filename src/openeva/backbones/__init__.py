@@ -1,0 +1,1 @@
+"""Image encoders behind one contract (`base.py`); one file per family."""

@@ -1,0 +1,76 @@
+"""The backbone contract: an image (and optionally a mask) in, `Features` out. A teacher is a frozen backbone.
+
+A file in this folder holds one backbone: `class Config(ComponentConfig)` whose `build()` returns a `Backbone`.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+@dataclass
+class Features:
+    """What a backbone says about a batch of images.
+
+    Attributes:
+        pooled: One vector per image, `[B, D]`.
+        patches: One vector per patch, raster order, `[B, N, D]` with `N = y * x`.
+        grid: `(y, x)`, rows and columns of the patch grid.
+        pyramid: Requested intermediate layers, `layer index -> [B, D', y', x']`.
+    """
+
+    pooled: Float[Tensor, "B D"]
+    patches: Float[Tensor, "B N D"]
+    grid: tuple[int, int]
+    pyramid: dict[int, Float[Tensor, "B _ _ _"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel statistics that a backbone wants subtracted and divided, for images scaled to 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CLIP_STATISTICS = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_STATISTICS = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_STATISTICS = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Backbone(nn.Module):
+    """An image encoder.
+
+    Attributes:
+        width: Channels of `Features.patches` and `Features.pooled`.
+        stride: Pixels per patch side.
+        num_layers: Number of layers that `layers` may ask for.
+        image_size: `(height, width)` in pixels that it was built for.
+        normalisation: Statistics its input must be normalised with.
+        identity: Says which weights these are (`"open_clip:ViT-L-14/openai"`, plus a digest of the file where there is
+            one). Recorded in checkpoints; two backbones with the same identity give the same features.
+    """
+
+    width: int
+    stride: int
+    num_layers: int
+    image_size: tuple[int, int]
+    normalisation: Normalisation
+    identity: str
+
+    def forward(
+        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None, layers: tuple[int, ...] = ()
+    ) -> Features:
+        """Encode normalised images.
+
+        Args:
+            image_BCYX: Normalised images.
+            mask_BN: True where a patch is hidden from the encoder; only backbones with a mask token take it.
+            layers: Layer indices (negative from the end) to return in `Features.pyramid`.
+        """
+        raise NotImplementedError
+
+    def flops(self) -> float:
+        """FLOPs (2 per multiply-add) of one forward pass of one image of `image_size`."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Data formats behind one contract (`base.py`); one file each."""

@@ -1,0 +1,55 @@
+"""The source contract: numbered samples, read one at a time by any worker.
+
+A file in this folder holds one format: `class Config(SourceConfig)` whose `build()` returns a `Source`. A source is opened
+once per process, must survive pickling (workers), and never reads anything in `__init__` that grows with the data set
+beyond an index.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+from pydantic import Field
+
+from openeva.config import ComponentConfig
+
+
+@dataclass
+class Sample:
+    """One image as it lies in the source.
+
+    Attributes:
+        image: Encoded bytes (JPEG, PNG, ...) or an already decoded RGB image.
+        name: Where it came from, for messages (a path, or `shard.tar:key`).
+        label: Class index, or -1 where there is none.
+        extra: Captions, boxes, ... by name.
+    """
+
+    image: bytes | Image.Image
+    name: str
+    label: int = -1
+    extra: dict[str, Any] | None = None
+
+
+class SourceConfig(ComponentConfig):
+    """Keys that every source has."""
+
+    weight: float = Field(1.0, gt=0, description="how often a sample is seen per epoch, on average; 0.5 = half of them")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to samples."""
+
+    num_classes: int
+    """Number of label values, 0 without labels."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sample:
+        """The sample of this index.
+
+        Raises:
+            OSError: It cannot be read (the loader counts it as broken and takes another).
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Evaluations: `run(task, loaders) -> {metric: value}`; one file each."""

@@ -1,0 +1,1 @@
+"""Parts of transformers: torch only, one CPU process, no process group."""

@@ -1,0 +1,1 @@
+"""What a masked patch should predict; one file per kind of target."""

@@ -1,0 +1,1 @@
+"""One thin file per task: which model, which loss, which metrics."""

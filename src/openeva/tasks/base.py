@@ -1,0 +1,64 @@
+"""The task contract: which model, which loss, which metrics. One thin file per task.
+
+A file in this folder holds one task: `class Config(ComponentConfig)` whose `build()` returns a `Task`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Batch = dict[str, Any]
+"""What the loader yields; see `data/loader.py` for the keys."""
+
+
+class Task(nn.Module):
+    """A model with its loss.
+
+    Attributes:
+        trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP. Frozen
+            teachers and tokenizers sit beside it as other children.
+    """
+
+    trainable: nn.Module
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`(loss, scalars)` of one micro-batch; scalars are detached, for the log only."""
+        raise NotImplementedError
+
+    def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
+        """Held-out metrics of the task itself."""
+        raise NotImplementedError
+
+    def flops_per_sample(self) -> float:
+        """FLOPs of one training sample: three forward passes of what learns and one of what is frozen."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this task must agree on to be continued (for example the teacher)."""
+        return {}
+
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], backward: Callable[[Tensor], None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate the gradient of the mean loss over the micro-batches; returns mean loss and scalars, detached."""
+        losses: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._synchronise_gradients(number == len(micro_batches)):
+                loss, scalars = self(batch)
+                backward(loss / len(micro_batches))
+            losses.append(loss.detach())
+            for key, value in scalars.items():
+                sums[key] = sums.get(key, 0.0) + value / len(micro_batches)
+        return sum(losses[1:], losses[0]) / len(losses), sums
+
+    def _synchronise_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Exchange gradients between processes only at the last micro-batch."""
+        if isinstance(self.trainable, DistributedDataParallel) and not last:
+            return self.trainable.no_sync()
+        if hasattr(self.trainable, "set_requires_gradient_sync"):  # FSDP2
+            self.trainable.set_requires_gradient_sync(last)
+        return nullcontext()
