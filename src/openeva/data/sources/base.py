@@ -5,6 +5,7 @@ once per process, must survive pickling (workers), and never reads anything in `
 beyond an index.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,4 +53,16 @@ class Source(Protocol):
         Raises:
             OSError: It cannot be read (the loader counts it as broken and takes another).
         """
+        ...
+
+
+@runtime_checkable
+class StreamSource(Protocol):
+    """Sequential access only (pipes, URLs): order and resume are what the stream allows, not exact."""
+
+    num_classes: int
+    samples_per_epoch: int
+
+    def stream(self, *, epoch: int, seed: int, part: int, num_parts: int) -> Iterator[Sample]:
+        """Samples of one epoch for one of `num_parts` readers (ranks x workers)."""
         ...
