@@ -1,0 +1,459 @@
+"""Batches from sources: seeded, sharded over ranks and workers, resumed at the same sample.
+
+`DataConfig` -> sources -> `TrainLoader` (endless, the micro-batches of one optimizer step at a time) and `EvalLoader`
+(each sample once). A worker makes whole micro-batches: order (`sampler`) -> read (`sources`) -> decode -> cut (`views`)
+-> mask.
+
+A batch is a dict:
+    image: uint8 `[B, 3, Y, X]`, not normalised.
+    target_image: uint8 `[B, 3, Y', X']`, the same crop at the target's size; only where the sizes differ.
+    mask: bool `[B, N]`, true = masked (this and the next two only with masking).
+    masked_index: int64 `[B * max_masked]`, positions of the masked patches among all `B * N`, sample by sample in
+        raster order, then zeros: the shape does not depend on the masks, so that no device has to be asked for it.
+    masked_weight: float32 of the same length, 1 for masked patches and 0 for the padding.
+    index: int64 `[B]`, number of the sample in the concatenated sources (-1 for streams).
+    flip: bool `[B]`, true = mirrored.   label: int64 `[B]`, -1 where there is none.
+    broken: names of the files that could not be read while this batch was made.
+
+Source: as in the official reader, a broken file is replaced by a random other sample with that sample's own label.
+"""
+
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from openeva.config import Config, Source
+from openeva.data.decode import decode, to_rgb
+from openeva.data.mixture import Mixture, Streams, hold_out, open_sources
+from openeva.data.sampler import Order, permute, seed_of, seeds_of
+from openeva.data.sources.base import Sample
+from openeva.data.views import CropConfig, ViewSpec
+
+Batch = dict[str, Any]
+
+_FEWEST_READS = 1000
+"""The share of broken files is judged only after this many reads, or one epoch where that is less."""
+_REPLACEMENTS = 32
+"""So many broken files in a row for one place in a batch mean that nothing can be read."""
+
+
+class TooManyBrokenError(RuntimeError):
+    """More files than allowed could not be read; the message names some of them."""
+
+
+class DataConfig(Config):
+    """Where the images come from and how they become batches.
+
+    Attributes:
+        train: Sources of training samples.
+        val: Sources of held-out samples.
+        holdout: Share of the training samples that is held out instead when `val` is empty; the same ones for every
+            seed.
+        crop: The training crop.
+        val_crop: The crop of held-out samples.
+        num_workers: Processes that make batches; 0 = the training process itself, "auto" = by the number of cores.
+        prefetch: Batches that each worker keeps ready.
+        max_broken: Share of files that may be unreadable before the run stops.
+    """
+
+    train: list[Source] = Field(min_length=1)
+    val: list[Source] = Field(default_factory=list)
+    holdout: float = Field(0.0, ge=0, lt=1)
+    crop: CropConfig = CropConfig()
+    val_crop: CropConfig = CropConfig(kind="center", hflip=0.0)
+    num_workers: int | Literal["auto"] = "auto"
+    prefetch: int = Field(2, ge=1)
+    max_broken: float = Field(0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.val and self.holdout:
+            raise ValueError("give either val sources or a holdout share, not both")
+        if isinstance(self.num_workers, int) and self.num_workers < 0:
+            raise ValueError("num_workers is 0 or more, or 'auto'")
+        return self
+
+    def open(self) -> tuple[Mixture | Streams, Mixture | None]:
+        """Training and held-out samples; the latter None where neither `val` nor `holdout` is given.
+
+        Raises:
+            ValueError: A source is empty, or its kind does not allow what is asked.
+            OSError: A source is missing.
+        """
+        train = open_sources(self.train)
+        if self.val:
+            val = open_sources(self.val)
+            if isinstance(val, Streams):
+                raise ValueError(
+                    "val sources must be local files, not pipes or URLs: held-out samples are read by number"
+                )
+            return train, val
+        if not self.holdout:
+            return train, None
+        if isinstance(train, Streams):
+            raise ValueError("a share of pipes or URLs cannot be held out: set holdout to 0 and give val sources")
+        parts = [hold_out(source, self.holdout) for source in train.sources]
+        return Mixture([p[0] for p in parts], train.weights), Mixture([p[1] for p in parts], train.weights)
+
+    @property
+    def workers(self) -> int:
+        """Number of worker processes of this rank."""
+        if self.num_workers != "auto":
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if torch.cuda.is_available():
+            return min(max(1, share - 1), 24)
+        return min(max(1, share // 4), 4)  # the cores that remain do the arithmetic
+
+
+# ------------------------------------------------------------------------------------------- samples to batches
+
+
+class _BatchMaker:
+    """Fills batches row by row; lives in the workers."""
+
+    def __init__(self, spec: ViewSpec, crop: CropConfig) -> None:
+        self.spec, self.crop = spec, crop
+
+    def empty(self, size: int) -> Batch:
+        """Arrays for `size` samples."""
+        batch: Batch = {"image": torch.empty(size, 3, *self.spec.image_size, dtype=torch.uint8)}
+        if second_size := self.spec.second_size:
+            batch["target_image"] = torch.empty(size, 3, *second_size, dtype=torch.uint8)
+        if self.spec.masking is not None:
+            batch["mask"] = torch.zeros(size, *self.spec.masking.grid, dtype=torch.bool)
+        batch["index"] = torch.full((size,), -1)
+        batch["flip"] = torch.zeros(size, dtype=torch.bool)
+        batch["label"] = torch.full((size,), -1)
+        batch["broken"] = []
+        return batch
+
+    def put(self, batch: Batch, row: int, sample: Sample, index: int, seed: int) -> None:
+        """Decode, cut and mask one sample; all chance comes from `seed`.
+
+        Raises:
+            OSError: The image cannot be decoded.
+        """
+        image_YXC = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
+        rng = random.Random(seed)
+        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
+        image_YXC = self.crop.jitter(image_YXC, rng)
+        batch["image"][row] = self.crop.cut(image_YXC, crop, self.spec.image_size)
+        if second_size := self.spec.second_size:
+            batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
+        if self.spec.masking is not None:
+            batch["mask"][row] = torch.from_numpy(self.spec.masking(rng))
+        batch["index"][row] = index
+        batch["flip"][row] = crop.flip
+        batch["label"][row] = sample.label
+
+    def finish(self, batch: Batch, num_rows: int) -> Batch:
+        """Cut a batch to the rows that were filled and list the masked patches."""
+        batch = {key: value[:num_rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if self.spec.masking is None:
+            return batch
+        batch["mask"] = batch["mask"].flatten(1)
+        masked = batch["mask"].flatten().nonzero()[:, 0]
+        length = num_rows * self.spec.masking.max_masked
+        batch["masked_index"] = torch.zeros(length, dtype=torch.int64)
+        batch["masked_index"][: len(masked)] = masked
+        batch["masked_weight"] = (torch.arange(length) < len(masked)).float()
+        return batch
+
+
+def _broken(error: OSError, fallback: str) -> tuple[str, str]:
+    """Name and reason of a file that cannot be read."""
+    return str(error.filename or fallback), error.strerror or str(error)
+
+
+class _TrainBatches(Dataset[Batch]):
+    """Micro-batches by the number of their first sample in the run."""
+
+    def __init__(self, mixture: Mixture, order: Order, maker: _BatchMaker, batch_size: int) -> None:
+        self._mixture, self._order, self._maker, self._size = mixture, order, maker, batch_size
+
+    def __getitem__(self, first: int) -> Batch:
+        epochs, positions, indices = self._order.locate(np.arange(first, first + self._size))
+        seeds = seeds_of(seed_of(self._order.seed, -1), epochs, positions)
+        batch = self._maker.empty(self._size)
+        for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+            self._put_or_replace(batch, row, index, seed)
+        return self._maker.finish(batch, self._size)
+
+    def _put_or_replace(self, batch: Batch, row: int, index: int, seed: int) -> None:
+        for attempt in range(_REPLACEMENTS):
+            name = f"sample {index}"
+            try:
+                sample = self._mixture.read(index)
+                name = sample.name
+                self._maker.put(batch, row, sample, index, seed)
+                return
+            except OSError as error:
+                batch["broken"].append(_broken(error, name))
+            index = seed_of(seed, attempt) % len(self._mixture)
+        batch["image"][row] = 0  # never trained on: the loader stops at `unreadable`
+        batch["unreadable"] = True
+
+
+class _EvalBatches(Dataset[Batch]):
+    """Batches by the list of their samples; what cannot be read is left out."""
+
+    def __init__(self, mixture: Mixture, maker: _BatchMaker) -> None:
+        self._mixture, self._maker = mixture, maker
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        batch = self._maker.empty(len(indices))
+        row = 0
+        for index in indices:
+            name = f"sample {index}"
+            try:
+                sample = self._mixture.read(index)
+                name = sample.name
+                self._maker.put(batch, row, sample, index, seed_of(index))
+                row += 1
+            except OSError as error:
+                batch["broken"].append(_broken(error, name))
+        return self._maker.finish(batch, row)
+
+
+class _StreamBatches(IterableDataset[Batch]):
+    """Micro-batches of one reader (rank x worker) of streams, endless."""
+
+    def __init__(
+        self, streams: Streams, maker: _BatchMaker, batch_size: int, seed: int, epoch: int, rank: int, world_size: int
+    ) -> None:
+        self._streams, self._maker, self._size = streams, maker, batch_size
+        self._seed, self._epoch, self._rank, self._world_size = seed, epoch, rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        part, num_parts = self._rank * num_workers + number, self._world_size * num_workers
+        samples = [self._endless(number, part, num_parts) for number in range(len(self._streams.sources))]
+        rng = random.Random(seed_of(self._seed, part))
+        batch, row = self._maker.empty(self._size), 0
+        while True:
+            sample = next(rng.choices(samples, self._streams.counts)[0], None)
+            if sample is None:
+                return
+            try:
+                self._maker.put(batch, row, sample, -1, rng.getrandbits(64))
+                row += 1
+            except OSError as error:
+                batch["broken"].append(_broken(error, sample.name))
+            if row == self._size:
+                yield self._maker.finish(batch, row)
+                batch, row = self._maker.empty(self._size), 0
+
+    def _endless(self, number: int, part: int, num_parts: int) -> Iterator[Sample]:
+        """Epoch after epoch of one stream; ends where an epoch has nothing for this reader."""
+        epoch, some = self._epoch, True
+        while some:
+            some = False
+            stream = self._streams.sources[number].stream
+            for sample in stream(epoch=epoch, seed=seed_of(self._seed, number), part=part, num_parts=num_parts):
+                some = True
+                yield sample
+            epoch += 1
+
+
+# ------------------------------------------------------------------------------------------------------ loaders
+
+
+class _Loader:
+    """What both loaders share: workers, and the count of broken files.
+
+    Attributes:
+        broken: Name -> reason of the files that could not be read so far.
+        num_read: Number of files read so far, broken ones included.
+    """
+
+    def __init__(self, num_workers: int, prefetch: int, max_broken: float, fewest_reads: int) -> None:
+        self.broken: dict[str, str] = {}
+        self.num_read = 0
+        self._num_broken_reads = 0
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._max_broken, self._fewest_reads = max_broken, fewest_reads
+
+    def _load(self, dataset: Dataset[Batch], requests: Iterable[Any] | None) -> Iterator[Batch]:
+        """Batches of a data set, one per request, made by the workers and counted here."""
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch if self._num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it draws from the global one, and a resumed run would see other dropout
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            batches = iter(loader)
+        for batch in batches:
+            yield self._count(batch)
+
+    def _count(self, batch: Batch) -> Batch:
+        reasons: list[tuple[str, str]] = batch["broken"]
+        self.broken.update(reasons)
+        self.num_read += len(batch["index"]) + len(reasons)
+        self._num_broken_reads += len(reasons)
+        too_many = self.num_read >= self._fewest_reads and self._num_broken_reads > self._max_broken * self.num_read
+        if reasons and (too_many or batch.get("unreadable")):
+            some = "\n".join(f"  {name}: {reason}" for name, reason in list(self.broken.items())[-20:])
+            raise TooManyBrokenError(
+                f"{self._num_broken_reads} of {self.num_read} reads failed, more than max_broken={self._max_broken:g} "
+                f"allows; remove these files or raise max_broken. {len(self.broken)} files, the last of them:\n{some}"
+            )
+        batch["broken"] = [name for name, _ in reasons]
+        return batch
+
+
+class TrainLoader(_Loader):
+    """Endless training batches, the same whatever the number of workers and however ranks and accumulation share them.
+
+    A global batch is `batch_size * accumulation * world_size` samples long; micro-batch a of rank r is its chunk
+    `a * world_size + r`. Two processes thus see the very micro-batches that one process with twice the accumulation
+    sees.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps per epoch; samples that do not fill a last global batch are dropped.
+        samples_per_epoch: Samples used per epoch.
+        exact_resume: True = `batches(start_sample)` goes on at the very sample. False for streams (pipes, URLs): they
+            start again at the beginning of the epoch, in another order.
+    """
+
+    def __init__(
+        self,
+        source: Mixture | Streams,
+        spec: ViewSpec,
+        crop: CropConfig,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        max_broken: float = 0.01,
+    ) -> None:
+        """Prepare the order; no file is read yet.
+
+        Args:
+            source: Where samples come from (`DataConfig.open`).
+            spec: What the task wants to see.
+            crop: How views are cut.
+            batch_size: Samples per micro-batch.
+            seed: Seed of order, crops and masks.
+            rank: Number of this process.
+            world_size: Number of processes.
+            accumulation: Micro-batches per process and optimizer step.
+            num_workers: Worker processes; 0 = none.
+            prefetch: Batches that each worker keeps ready.
+            max_broken: Share of unreadable files above which `TooManyBrokenError` is raised.
+
+        Raises:
+            ValueError: There are fewer samples than a global batch takes.
+        """
+        self._maker = _BatchMaker(spec, crop)
+        self._source, self._batch_size, self._accumulation, self._seed = source, batch_size, accumulation, seed
+        self._rank, self._world_size = rank, world_size
+        self._global_batch = batch_size * accumulation * world_size
+        available = (
+            sum(source.counts) if isinstance(source, Streams) else len(Order(source.lengths, source.weights, seed))
+        )
+        self.steps_per_epoch = available // self._global_batch
+        self.samples_per_epoch = self.steps_per_epoch * self._global_batch
+        self.exact_resume = isinstance(source, Mixture)
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{available} samples per epoch do not fill one global batch of {self._global_batch} = {batch_size} x "
+                f"{accumulation} micro-batches x {world_size} processes; lower the batch size or add images"
+            )
+        super().__init__(num_workers, prefetch, max_broken, min(_FEWEST_READS, available))
+
+    def batches(self, start_sample: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of this rank, one optimizer step at a time, for ever.
+
+        Args:
+            start_sample: Samples that all ranks together have consumed before.
+
+        Raises:
+            TooManyBrokenError: See `max_broken`.
+        """
+        requests = self._first_samples(start_sample) if self.exact_resume else None
+        step: list[Batch] = []
+        for batch in self._load(self._dataset(start_sample), requests):
+            step.append(batch)
+            if len(step) == self._accumulation:
+                yield step
+                step = []
+        raise ValueError(
+            "a stream gives no samples to any reader: check its URLs, or lower num_workers to the number of shards"
+        )
+
+    def _dataset(self, start_sample: int) -> Dataset[Batch]:
+        if isinstance(self._source, Mixture):
+            order = Order(self._source.lengths, self._source.weights, self._seed, self.samples_per_epoch)
+            return _TrainBatches(self._source, order, self._maker, self._batch_size)
+        epoch = start_sample // self.samples_per_epoch
+        seed = seed_of(self._seed, start_sample)
+        return _StreamBatches(self._source, self._maker, self._batch_size, seed, epoch, self._rank, self._world_size)
+
+    def _first_samples(self, start_sample: int) -> Iterator[int]:
+        """Number of the first sample of each micro-batch of this rank, for ever."""
+        while True:
+            for number in range(self._accumulation):
+                yield start_sample + (number * self._world_size + self._rank) * self._batch_size
+            start_sample += self._global_batch
+
+
+class EvalLoader(_Loader):
+    """Every sample exactly once over all ranks, the same order and masks at each iteration.
+
+    The ranks' shares differ by at most one sample and nothing is padded; so the number of batches may differ too. Files
+    that cannot be read are left out and counted. The last batch is smaller where the number does not divide.
+    """
+
+    def __init__(
+        self,
+        source: Mixture,
+        spec: ViewSpec,
+        crop: CropConfig,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        max_broken: float = 0.01,
+    ) -> None:
+        """See `TrainLoader`; `limit` takes that many samples, chosen at random but always the same."""
+        self._maker = _BatchMaker(spec, crop)
+        self._source, self._batch_size, self._rank, self._world_size = source, batch_size, rank, world_size
+        self.num_samples = len(source) if limit is None else min(limit, len(source))
+        """Samples of all ranks together."""
+        super().__init__(num_workers, prefetch, max_broken, min(_FEWEST_READS, self.num_samples))
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(range(self._rank, self.num_samples, self._world_size * self._batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        mine = np.arange(self._rank, self.num_samples, self._world_size)
+        if self.num_samples < len(self._source):
+            mine = permute(mine, len(self._source), seeds_of(0, np.zeros_like(mine)))
+        requests = [mine[i : i + self._batch_size].tolist() for i in range(0, len(mine), self._batch_size)]
+        for batch in self._load(_EvalBatches(self._source, self._maker), requests):
+            if len(batch["index"]):
+                yield batch
