@@ -71,6 +71,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with several axes that must not decay."""
+        return set()
+
     def flops(self) -> float:
         """FLOPs (2 per multiply-add) of one forward pass of one image of `image_size`."""
         raise NotImplementedError

@@ -4,9 +4,15 @@ A file in this folder holds one evaluation: `class Config(ComponentConfig)` whos
 """
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from openeva.backbones.base import Backbone
+from openeva.data.views import normalise
 
 
 @runtime_checkable
@@ -21,3 +27,33 @@ class Evaluation(Protocol):
             loaders: `"train"` (evaluation transform, in order) and `"val"`; batches as in `data/loader.py`.
         """
         ...
+
+
+class LabelledFeatures(NamedTuple):
+    """Pooled features of a data set with labels, on the CPU."""
+
+    pooled: Float[Tensor, "B D"]
+    labels: Int[Tensor, "B"]
+
+
+@torch.no_grad()
+def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
+    """Pooled features of every image of a loader, gathered from all processes.
+
+    Raises:
+        ValueError: Images without labels.
+    """
+    device = next(backbone.parameters()).device
+    pooled, labels = [], []
+    for batch in loader:
+        image_BCYX = normalise(batch["image"].to(device), backbone.normalisation.mean, backbone.normalisation.std)
+        pooled.append(backbone(image_BCYX).pooled.float().cpu())
+        labels.append(batch["label"].cpu())
+    features = LabelledFeatures(torch.cat(pooled), torch.cat(labels))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, features)
+        features = LabelledFeatures(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    if (features.labels < 0).any():
+        raise ValueError("this evaluation needs labels, but the data has none; remove it from `evals`, or give labels")
+    return features

@@ -5,10 +5,14 @@ A file in this folder holds one task: `class Config(ComponentConfig)` whose `bui
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from openeva.backbones.base import Backbone
+from openeva.data.views import ViewSpec
 
 Batch = dict[str, Any]
 """What the loader yields; see `data/loader.py` for the keys."""
@@ -23,6 +27,28 @@ class Task(nn.Module):
     """
 
     trainable: nn.Module
+
+    @property
+    def backbone(self) -> Backbone:
+        """The image encoder that learns."""
+        raise NotImplementedError
+
+    def view_spec(self, *, train: bool) -> ViewSpec:
+        """What the loader should make of each training or held-out image."""
+        raise NotImplementedError
+
+    def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Look at the training images once before training, where the task must.
+
+        Args:
+            images: Each training sample once, cut as in training but never mirrored.
+            folder: Where to keep what was found.
+            progress: Called with the number of images done.
+        """
+
+    def blocks(self) -> list[nn.Module]:
+        """Repeated layers: the units of sharding and of block-wise compilation."""
+        return list(getattr(self.backbone, "blocks", []))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`(loss, scalars)` of one micro-batch; scalars are detached, for the log only."""

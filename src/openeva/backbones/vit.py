@@ -1,0 +1,255 @@
+"""ONE vision transformer for the whole EVA family; variants are data.
+
+image[B,3,Y,X] -> patches[B,N,D] -> masked ones replaced -> cls + positions -> blocks -> norm -> Features
+
+Paper: EVA section 2.1, table 1. Source: spec sections 1.1-1.6 of the official code. Deliberate differences: relative position
+tables hang on the module that uses them (names are translated in `checkpoints/`), index tables are recomputed and never
+stored, attention is fused.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openeva.backbones.base import CLIP_STATISTICS, Backbone, Features
+from openeva.config import ComponentConfig
+from openeva.layers.attention import Attention, QkvBias
+from openeva.layers.block import Block, Mlp, NormOrder
+from openeva.layers.norm import LayerNorm
+from openeva.layers.relative_position import DecoupledRelativePositionBias, RelativePositionBias
+from openeva.layers.sincos import sincos_positions
+from openeva.registry import did_you_mean
+
+RelativePosition = Literal["none", "shared", "per_block", "shared_decoupled", "per_block_decoupled"]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "eva_g_14": {"patch_size": 14, "width": 1408, "depth": 40, "num_heads": 16, "mlp_hidden": 6144, "init_std": 0.015},
+    "eva_l_14": {
+        "patch_size": 14, "width": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096,
+        "qkv_bias": "full", "positions": "sincos",
+    },
+    "eva_b_16": {"patch_size": 16, "width": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 3072},
+    "eva_s_16": {"patch_size": 16, "width": 384, "depth": 12, "num_heads": 6, "mlp_hidden": 1536},
+    "eva_ti_16": {"patch_size": 16, "width": 192, "depth": 12, "num_heads": 3, "mlp_hidden": 768},
+}  # fmt: skip
+"""Architectures of table 1 and small ones in the same style; every key may be overridden in a recipe."""
+
+
+class Config(ComponentConfig):
+    """A vision transformer: a variant's name, or its dimensions, or a variant with some keys overridden."""
+
+    name: str = "vit"
+    variant: str | None = Field(None, description=f"one of {', '.join(VARIANTS)}; its values are defaults for all keys below")
+    image_size: int | tuple[int, int] = Field(224, description="pixels: side, or (height, width)")
+    patch_size: int = Field(gt=0, description="pixels")
+    width: int = Field(gt=0, description="D, channels per token")
+    depth: int = Field(gt=0, description="number of blocks")
+    num_heads: int = Field(gt=0)
+    head_width: int | None = Field(None, description="channels per head; width / num_heads when left out")
+    mlp_hidden: int = Field(gt=0, description="channels inside the MLP")
+    qkv_bias: QkvBias = "qv"
+    norm_eps: float = 1e-6
+    norm_order: NormOrder = "pre"
+    final_norm: bool = True
+    positions: Literal["learned", "sincos", "none"] = "learned"
+    relative_position: RelativePosition = "none"
+    layer_scale: float | None = Field(None, ge=0, description="initial value; none or 0 leaves it out")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate of the last block; rises linearly from 0 at the first")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 detaches it")
+    init_std: float = Field(0.02, gt=0, description="truncated normal, cut at one standard deviation")
+    activation_checkpointing: bool = False
+    weights: str | None = Field(None, description="folder or file to start from: an openeva model, or official weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_variant(cls, values: Any) -> Any:
+        variant = values.get("variant") if isinstance(values, dict) else None
+        if variant is None:
+            return values
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}{did_you_mean(str(variant), list(VARIANTS))} ({', '.join(VARIANTS)})")
+        return {**VARIANTS[variant], **values}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Config":
+        if any(side % self.patch_size for side in self.image_shape):
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; give head_width")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"positions: sincos needs a width that is a multiple of 4, not {self.width}")
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
+
+    def build(self) -> "VisionTransformer":
+        """Make the model with freshly drawn weights (`weights` is loaded by `openeva.models`)."""
+        return VisionTransformer(self)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each projected to D channels, in raster order."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+        """Embed. The convolution is written as one matrix product: faster on every device, and easy for compilers."""
+        patch = self.proj.kernel_size[0]
+        rows = image_BCYX.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C y p x q
+        flat_BNF = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return nn.functional.linear(flat_BNF, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(Backbone):
+    """The transformer. `mask_token` and all options of spec section 1 are switches of `Config`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.width, self.stride, self.num_layers = config.width, config.patch_size, config.depth
+        self.image_size, self.grid = config.image_shape, config.grid
+        self.normalisation = CLIP_STATISTICS
+        self.identity = f"vit:{config.variant or 'custom'}"
+        num_tokens = 1 + config.grid[0] * config.grid[1]
+
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed: Tensor | None = None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.width))
+        elif config.positions == "sincos":
+            self.register_buffer("pos_embed", sincos_positions(config.grid, config.width))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.relative_position = _position_bias(config, "shared")
+        self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
+        self.norm = LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights as the MIM student does (spec section 1.6).
+
+        Linear and patch kernels, cls, mask and position tables: normal with `init_std`, cut at one standard deviation; biases
+        0; output projections of block i (from 1) divided by sqrt(2 i); post-norm blocks start as identities (norms at 0).
+        """
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.mask_token, self.pos_embed):
+            if isinstance(token, nn.Parameter):
+                nn.init.trunc_normal_(token, std=std, a=-std, b=std)
+        for number, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.div_((2 * number) ** 0.5)
+            block.mlp.fc2.weight.div_((2 * number) ** 0.5)
+            if self.config.norm_order == "post":
+                for norm in (block.norm1, block.norm2):
+                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.bias)
+
+    def forward(
+        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None, layers: tuple[int, ...] = ()
+    ) -> Features:
+        """Encode normalised images; masked patches are replaced by `mask_token` (positions stay visible).
+
+        Args:
+            image_BCYX: Normalised images of `image_size`.
+            mask_BN: True where a patch is hidden.
+            layers: Indices of blocks whose output (before the final norm) is returned in `Features.pyramid`.
+
+        Raises:
+            ValueError: The image has another size.
+        """
+        x_BSD = self.embed(image_BCYX, mask_BN)
+        bias_HSS = None if self.relative_position is None else self.relative_position()
+        wanted = {layer % self.num_layers: layer for layer in layers}
+        pyramid: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            if self.config.activation_checkpointing and self.training:
+                x_BSD = checkpoint(block, x_BSD, bias_HSS, use_reentrant=False)
+            else:
+                x_BSD = block(x_BSD, bias_HSS)
+            if number in wanted:
+                pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        patches_BND = self.norm(x_BSD)[:, 1:]
+        return Features(patches_BND.mean(dim=1), patches_BND, self.grid, pyramid)
+
+    def embed(
+        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Tokens that enter the first block: cls and patches, masked ones replaced, with positions."""
+        if tuple(image_BCYX.shape[-2:]) != self.image_size:
+            got = tuple(image_BCYX.shape[-2:])
+            raise ValueError(f"this model takes {self.image_size} pixels, got {got}; build it with image_size={got}")
+        x_BND = self.patch_embed(image_BCYX)
+        scale = self.config.patch_grad_scale
+        if scale != 1.0:  # the value stays, the gradient is scaled
+            x_BND = x_BND.detach() if scale == 0.0 else scale * x_BND + (1 - scale) * x_BND.detach()
+        if mask_BN is not None:
+            x_BND = torch.where(mask_BN[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
+        x_BSD = torch.cat([self.cls_token.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        if self.pos_embed is not None:
+            x_BSD = x_BSD + self.pos_embed
+        return self.dropout(x_BSD)
+
+    def flops(self) -> float:
+        """FLOPs (2 per multiply-add) of one forward pass of one image: matrix products and attention."""
+        config = self.config
+        num_patches = self.grid[0] * self.grid[1]
+        num_tokens = 1 + num_patches
+        inner = config.num_heads * (config.head_width or config.width // config.num_heads)
+        per_token = 4 * config.width * inner + 2 * config.width * config.mlp_hidden
+        attention = 2 * num_tokens * inner
+        patches = num_patches * config.width * 3 * config.patch_size**2
+        return 2.0 * (config.depth * num_tokens * (per_token + attention) + patches)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beside the 1-D ones (spec section 5.1; `mask_token` is decayed)."""
+        return {"pos_embed", "cls_token"}
+
+
+def _position_bias(config: Config, where: Literal["shared", "per_block"]) -> nn.Module | None:
+    if config.relative_position == where:
+        return RelativePositionBias(config.grid, config.num_heads)
+    if config.relative_position == f"{where}_decoupled":
+        return DecoupledRelativePositionBias(config.grid, config.num_heads)
+    return None
+
+
+def _block(config: Config, number: int) -> Block:
+    attention = Attention(
+        config.width,
+        config.num_heads,
+        head_width=config.head_width,
+        qkv_bias=config.qkv_bias,
+        dropout=config.attention_dropout,
+        position_bias=_position_bias(config, "per_block"),
+    )
+    return Block(
+        attention,
+        Mlp(config.width, config.mlp_hidden, config.dropout),
+        width=config.width,
+        norm_eps=config.norm_eps,
+        norm_order=config.norm_order,
+        layer_scale=config.layer_scale or None,
+        drop_path=config.drop_path * number / max(config.depth - 1, 1),
+    )

@@ -1,0 +1,117 @@
+"""One process, DDP or FSDP2 under `torchrun`; every helper works without a process group too."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+Strategy = Literal["auto", "none", "ddp", "fsdp"]
+CompileMode = Literal["off", "blocks", "model"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes logs and files."""
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> World:
+    """Join the process group that `torchrun` announces in the environment, or run alone.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: CUDA is asked for and absent.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA device; use device=cpu or auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    target = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
+    return World(dist.get_rank() if dist.is_initialized() else 0, size, target)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(
+    module: nn.Module, blocks: list[nn.Module], world: World, strategy: Strategy, compile_mode: CompileMode, dtype: torch.dtype
+) -> nn.Module:
+    """Compile, then wrap for data parallel training.
+
+    Args:
+        module: The task's `trainable`.
+        blocks: Its repeated layers: the units of sharding and of block-wise compilation.
+        world: This process.
+        strategy: "auto" is DDP with several processes and nothing with one.
+        compile_mode: "blocks" compiles one block once and uses it for all; "model" compiles the whole forward pass.
+        dtype: Compute precision; FSDP gathers weights in it and reduces gradients in fp32.
+    """
+    if compile_mode == "blocks":
+        for block in blocks:
+            block.compile()
+    elif compile_mode == "model":
+        module.compile()
+    if strategy == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+        options = {"mp_policy": policy} if policy else {}
+        for block in blocks:
+            fully_shard(block, **options)
+        return fully_shard(module, **options)
+    if strategy == "ddp" or (strategy == "auto" and world.size > 1):
+        return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return module
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DDP (FSDP2 and compilation change modules in place)."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes (in place)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes (in place)."""
+    return sum_over_processes(value) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def any_process(flag: bool) -> bool:
+    """True where it is true on any process; goes through the CPU, so that no device is waited for."""
+    if not dist.is_initialized():
+        return flag
+    tensor = torch.tensor(float(flag))
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()

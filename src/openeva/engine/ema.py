@@ -1,0 +1,50 @@
+"""An averaged copy of the weights: average <- decay * average + (1 - decay) * weights after every step, in fp32.
+
+Source: spec section 5.4 (decay 0.9999, no warm-up).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """The averaged copy; sharded wherever the weights are."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.averages = [p.detach().clone().float() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights."""
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1.0 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the module holds the averaged weights."""
+        raw = [p.detach().clone() for p in self.parameters]
+        self._set(self.averages)
+        try:
+            yield
+        finally:
+            self._set(raw)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Averages by parameter name."""
+        return {name.removeprefix("module."): value for name, value in zip(self.names, self.averages, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        for name, average in self.state_dict().items():
+            average.copy_(state[name])

@@ -1,0 +1,227 @@
+"""Training state on disk: atomic, sharded where the run is sharded, loadable on another number of processes.
+
+`step_00001000/` holds the tensors (torch distributed checkpoint), `rng_<rank>.pt` and `trainer.json`. It is written under a
+temporary name and renamed when every byte is on the disk, so a folder with the right name is always complete.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from openeva.engine.distributed import barrier
+from openeva.engine.ema import Ema
+from openeva.engine.precision import Precision
+
+STEP_FOLDER = re.compile(r"step_(\d{8,})$")
+
+
+class CheckpointError(Exception):
+    """A checkpoint does not fit the run; the message says what differs and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Optimizer steps done.
+        samples_seen: Position in the data stream; ahead of `step` after a rewind, which skips the data that failed.
+        rewinds: Returns to an earlier checkpoint after too many non-finite steps.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    rewinds: int = 0
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training and must survive."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    progress: Progress
+    ema: Ema | None = None
+
+    def tensors(self) -> dict[str, Any]:
+        """Nested tensors by name; loading fills them in place."""
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "precision": self.precision.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return state
+
+    def set_tensors(self, state: dict[str, Any]) -> None:
+        """Take over what `tensors()` gave, after loading."""
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.precision.load_state_dict(state["precision"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Holds the step folders.
+        identity: What a checkpoint must agree on with the run that continues it, by name (for example the teacher).
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Also keep those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.folder, self.identity = folder, identity
+        self.keep_last, self.keep_every = keep_last, keep_every
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(m[1]) for p in self.folder.iterdir() if (m := STEP_FOLDER.match(p.name)))
+
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint (collective: all processes call it) and remove those that need not be kept."""
+        final = self.path(state.progress.step)
+        if final.is_dir():
+            return final
+        temporary = self.folder / f".{final.name}.partial"
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank == 0:
+            self._clean_up()
+            temporary.mkdir(parents=True)
+        barrier()
+        dcp.save(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        torch.save(_random_state(), temporary / f"rng_{rank}.pt")
+        if rank == 0:
+            meta = {"format": 1, "progress": asdict(state.progress), "identity": self.identity, "ema": state.ema is not None}
+            (temporary / "trainer.json").write_text(json.dumps(meta, indent=1))
+        _flush(temporary)
+        barrier()
+        if rank == 0:
+            temporary.rename(final)
+            _flush_folder(self.folder)
+            self._remove_old()
+        barrier()
+        return final
+
+    def load(self, state: TrainState, step: int | None = None) -> bool:
+        """Continue from a step's checkpoint (collective); by default the latest.
+
+        Returns:
+            False where there is no checkpoint.
+
+        Raises:
+            CheckpointError: It was made with another identity, or has other tensors than this run.
+        """
+        steps = self.steps()
+        if not steps:
+            return False
+        path = self.path(steps[-1] if step is None else step)
+        meta = json.loads((path / "trainer.json").read_text())
+        self._check_identity(meta["identity"], path)
+        if state.ema is not None and not meta["ema"]:
+            raise CheckpointError(f"{path} has no averaged weights; set optim.ema=null, or start a new run folder")
+        tensors = state.tensors()
+        try:
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except Exception as error:  # DCP wraps what went wrong on any rank into its own exception types
+            raise CheckpointError(
+                f"{path} does not fit this run's model: {_first_line(error)}\n"
+                "Continue with the recipe it was made with (config.yaml beside it), or choose another run.out."
+            ) from error
+        state.set_tensors(tensors)
+        for key, value in meta["progress"].items():
+            setattr(state.progress, key, value)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        own = path / f"rng_{rank}.pt"
+        if own.is_file():  # absent where the run now has more processes: those keep their fresh state
+            _set_random_state(torch.load(own, weights_only=True))
+        return True
+
+    def _check_identity(self, found: dict[str, Any], path: Path) -> None:
+        different = [key for key in self.identity if found.get(key) != self.identity[key]]
+        if different:
+            lines = [f"  {key}: checkpoint {found.get(key)!r}, this run {self.identity[key]!r}" for key in different]
+            raise CheckpointError(
+                "\n".join([f"{path} was made with something else than this run uses:", *lines])
+                + "\nUse the same again, or start fresh with another run.out (init_from takes over the backbone's weights)."
+            )
+
+    def _clean_up(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        for step in self.steps()[: -self.keep_last]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                doomed = self.folder / f".step_{step:08d}.old"  # renamed first: never half a folder under a valid name
+                self.path(step).rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    version, internal, gauss = random.getstate()
+    state["python"] = [version, list(internal), gauss]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  the state of the global one
+    state["numpy"] = [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached]
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    inner = [str(e).splitlines()[0] for e in getattr(error, "failures", {}).values() if str(e)]
+    return inner[0] if inner else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Full, unsharded weights on the CPU (collective), for export."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

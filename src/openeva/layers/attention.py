@@ -1,0 +1,90 @@
+"""Multi-head self-attention through `scaled_dot_product_attention`.
+
+x[B,S,D] -> one fused projection -> q, k, v[B,H,S,K] -> attention -> merged heads -> projection[B,S,D]
+
+Paper: EVA section 2.1 (q and v have biases, k has none). Source: spec sections 1.2 and 1.4. Deliberate difference: the
+official code computes the logits in fp32 by a cast; the fused kernels accumulate them in fp32 whatever the input's dtype.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+QkvBias = Literal["qv", "full", "none"]
+
+
+class Attention(nn.Module):
+    """Self-attention with an optional additive bias.
+
+    Args:
+        width: D.
+        num_heads: H.
+        head_width: K; D / H when None.
+        qkv_bias: "qv" (EVA-g: q and v only), "full" (EVA-L: one bias of length 3HK) or "none".
+        dropout: Probability on attention weights.
+        position_bias: A module that returns this block's own bias `[H, S, S]`, or None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        head_width: int | None = None,
+        qkv_bias: QkvBias = "qv",
+        dropout: float = 0.0,
+        position_bias: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        inner = num_heads * (head_width or width // num_heads)
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias == "full")
+        self.q_bias = nn.Parameter(torch.zeros(inner)) if qkv_bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(inner)) if qkv_bias == "qv" else None
+        self.position_bias = position_bias
+        self.proj = nn.Linear(inner, width)
+
+    def forward(
+        self,
+        x_BSD: Float[Tensor, "B S D"],
+        bias_HSS: Float[Tensor, "H S S"] | None = None,
+        visible_BS: Bool[Tensor, "B S"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend.
+
+        Args:
+            x_BSD: Tokens.
+            bias_HSS: Added to the logits (the model's shared relative position bias).
+            visible_BS: True where a token may be attended to; None for all.
+        """
+        qkv = F.linear(x_BSD, self.qkv.weight, self._bias())
+        q_BHSK, k_BHSK, v_BHSK = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out_BHSK = F.scaled_dot_product_attention(
+            q_BHSK,
+            k_BHSK,
+            v_BHSK,
+            attn_mask=self._logit_bias(q_BHSK, bias_HSS, visible_BS),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.proj(out_BHSK.transpose(1, 2).flatten(2))
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def _logit_bias(
+        self, q_BHSK: Tensor, bias_HSS: Tensor | None, visible_BS: Tensor | None
+    ) -> Float[Tensor, "_ H S S"] | Bool[Tensor, "B 1 1 S"] | None:
+        if self.position_bias is not None:
+            own_HSS = self.position_bias()
+            bias_HSS = own_HSS if bias_HSS is None else own_HSS + bias_HSS
+        visible_B11S = None if visible_BS is None else visible_BS[:, None, None, :]
+        if bias_HSS is None:
+            return visible_B11S
+        bias_1HSS = bias_HSS[None].to(q_BHSK.dtype)
+        return bias_1HSS if visible_B11S is None else bias_1HSS.masked_fill(~visible_B11S, float("-inf"))

@@ -1,0 +1,311 @@
+"""Assembles ONE run: recipe -> task -> data -> optimiser -> loop. Start reading here.
+
+An image's way: recipe -> this file -> data/sources -> data/views + data/masking -> engine/loop.py -> tasks/pretrain.py ->
+backbones/vit.py -> targets/features.py -> loss.
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from rich.console import Console
+
+from openeva.checkpoints.native import save_native
+from openeva.config import Config, ConfigError, Duration, Eval, dump_yaml
+from openeva.config import Task as TaskField
+from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
+from openeva.data.mixture import Mixture, Streams
+from openeva.engine import distributed
+from openeva.engine.distributed import CompileMode, Strategy, World
+from openeva.engine.ema import Ema
+from openeva.engine.hardware import environment, peak_flops
+from openeva.engine.log import Record, RunLog, counting
+from openeva.engine.loop import LoopConfig, run_loop
+from openeva.engine.optim import OptimConfig, adamw
+from openeva.engine.precision import Precision, PrecisionName
+from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors
+from openeva.tasks.base import Task
+
+
+class RunConfig(Config):
+    """How long, how large, where to."""
+
+    out: Path = Field(description="the run's folder; the same folder continues the run")
+    length: Duration = Field(description="of the whole run, as in '150 epochs'")
+    batch_size: int = Field(gt=0, description="samples per optimizer step, over all processes")
+    micro_batch: int | None = Field(None, gt=0, description="samples per forward pass and process; the rest is accumulated")
+    seed: int = 0
+    device: str = "auto"
+    precision: PrecisionName = "auto"
+    strategy: Strategy = "auto"
+    compile: CompileMode = "off"
+    log_every: Duration = Duration(10, "steps")
+    evaluate_every: Duration = Duration(1, "epochs")
+    save_every: Duration = Duration(1, "epochs")
+    keep_last: int = Field(2, gt=0, description="newest checkpoints to keep")
+    keep_every: Duration = Field(Duration(0, "steps"), description="also keep one every so often; 0 for none")
+    max_bad_in_a_row: int = Field(20, gt=0, description="non-finite steps before returning to the last checkpoint")
+    eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
+    wandb: str | None = Field(None, description="also log to this W&B project")
+
+
+class Recipe(Config):
+    """Everything that defines a run."""
+
+    task: TaskField
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig
+    evals: list[Eval] = Field([], description="measured every run.evaluate_every beside the task's own held-out loss")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: "stopped" by a signal with everything saved, or "finished"."""
+
+    status: Literal["finished", "stopped"]
+    out: Path
+    step: int
+    total_steps: int
+
+
+def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
+    """Do the run, or continue it where `run.out` holds one (collective under `torchrun`).
+
+    Raises:
+        ConfigError: The recipe's parts do not fit together.
+        ValueError: Data or weights are missing; raised before any model is built where it can be.
+        CheckpointError: `run.out` holds a run with another teacher or model.
+        NonFiniteError: Training does not get past non-finite losses.
+    """
+    run = recipe.run
+    world = distributed.start(run.device)
+    try:
+        split_batch(run, world)  # before anything is built
+        torch.manual_seed(run.seed)
+        train_data, val_data = recipe.data.open()
+        task: Task = recipe.task.build().to(world.device)
+        torch.manual_seed(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
+        loader = train_loader(recipe, task, train_data, world)
+        held_out = held_out_loaders(recipe, task, train_data, val_data, world)
+        lengths = _Lengths(recipe, loader.steps_per_epoch)
+        if console is not None and world.is_main:
+            for line in describe(recipe, task, loader, lengths, world):
+                console.print(line, highlight=False)
+        prepare(recipe, task, train_data, world, console)
+
+        precision = Precision(run.precision, world.device)
+        task.trainable = distributed.wrap(
+            task.trainable, task.blocks(), world, run.strategy, run.compile, precision.dtype
+        )
+        optimizer = adamw(
+            distributed.unwrap(task.trainable), recipe.optim, no_decay=task.backbone.no_weight_decay(),
+            num_layers=task.backbone.num_layers,
+        )  # fmt: skip
+        ema = Ema(distributed.unwrap(task.trainable), recipe.optim.ema) if recipe.optim.ema else None
+        state = TrainState(task.trainable, optimizer, precision, Progress(), ema)
+        checkpoints = Checkpoints(
+            run.out / "checkpoints", task.identity(), keep_last=run.keep_last, keep_every=lengths.steps(run.keep_every)
+        )
+        resumed = checkpoints.load(state)
+        if world.is_main:
+            _write_run_files(recipe, world)
+        evals = [config.build() for config in recipe.evals]
+        with RunLog(
+            run.out, active=world.is_main, total_steps=lengths.total, console=console, wandb_project=run.wandb,
+            config=recipe.model_dump(mode="json"),
+        ) as log:  # fmt: skip
+            if resumed:
+                log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
+            status = run_loop(
+                task, loader, state, loop_config(recipe, task, lengths, precision, world), world=world,
+                checkpoints=checkpoints, log=log,
+                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema),
+            )  # fmt: skip
+            log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})
+        if status == "finished":
+            export(recipe, task, state, run.out / "model", world)
+        return RunResult(status, run.out, state.progress.step, lengths.total)
+    finally:
+        distributed.stop()
+
+
+def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
+    """Accumulation steps and micro-batch size per process.
+
+    Raises:
+        ConfigError: The batch cannot be divided evenly.
+    """
+    if run.batch_size % world.size:
+        raise ConfigError([f"run.batch_size {run.batch_size} is not a multiple of the {world.size} processes"])
+    per_process = run.batch_size // world.size
+    micro_batch = run.micro_batch or per_process
+    if per_process % micro_batch:
+        raise ConfigError(
+            [f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each, not a multiple of"
+             f" run.micro_batch {micro_batch}"]
+        )  # fmt: skip
+    return per_process // micro_batch, micro_batch
+
+
+def train_loader(recipe: Recipe, task: Task, data: Mixture | Streams, world: World) -> TrainLoader:
+    """The loader of training batches for this process."""
+    accumulation, micro_batch = split_batch(recipe.run, world)
+    return TrainLoader(
+        data, task.view_spec(train=True), recipe.data.crop, batch_size=micro_batch, accumulation=accumulation,
+        seed=recipe.run.seed, rank=world.rank, world_size=world.size, num_workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch, max_broken=recipe.data.max_broken,
+    )  # fmt: skip
+
+
+def held_out_loaders(
+    recipe: Recipe, task: Task, train: Mixture | Streams, val: Mixture | None, world: World
+) -> dict[str, EvalLoader]:
+    """Loaders for evaluations: "val", and "train" with the evaluation crop (a sample of it where it is large)."""
+    _, micro_batch = split_batch(recipe.run, world)
+
+    def loader(data: Mixture, limit: int | None) -> EvalLoader:
+        return EvalLoader(
+            data, task.view_spec(train=False), recipe.data.val_crop, batch_size=micro_batch, rank=world.rank,
+            world_size=world.size, limit=limit, num_workers=recipe.data.workers, max_broken=recipe.data.max_broken,
+        )  # fmt: skip
+
+    loaders = {} if val is None else {"val": loader(val, None)}
+    if isinstance(train, Mixture):
+        loaders["train"] = loader(train, recipe.run.eval_train_limit)
+    return loaders
+
+
+def prepare(recipe: Recipe, task: Task, data: Mixture | Streams, world: World, console: Console | None) -> None:
+    """Let the task look at each training image once, never mirrored (collective; every process sees all of them)."""
+    if isinstance(data, Mixture):
+        crop = recipe.data.crop.model_copy(update={"hflip": 0.0})
+        images = EvalLoader(
+            data, task.view_spec(train=False), crop, batch_size=64, num_workers=recipe.data.workers,
+            max_broken=recipe.data.max_broken,
+        )  # fmt: skip
+        with counting(console if world.is_main else None, "looking at the training images", len(data)) as progress:
+            task.prepare(images, recipe.run.out / "target", progress)
+
+
+class _Lengths:
+    """The recipe's durations in optimizer steps."""
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, recipe.run.batch_size
+        self.total = 0
+        self.total = self.steps(recipe.run.length)
+        if self.total < 1:
+            raise ConfigError([f"run.length {recipe.run.length} is less than one step of {self.batch_size} samples"])
+        self.warmup = self.steps(recipe.optim.warmup)
+        if self.warmup > self.total:
+            raise ConfigError([f"optim.warmup {recipe.optim.warmup} is longer than run.length {recipe.run.length}"])
+
+    def steps(self, duration: Duration) -> int:
+        steps = duration.steps(
+            steps_per_epoch=self.steps_per_epoch, samples_per_step=self.batch_size, total_steps=self.total or None
+        )
+        return max(steps, 1) if duration.value else 0
+
+
+def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precision, world: World) -> LoopConfig:
+    """The loop's settings in steps."""
+    lr, weight_decay = recipe.optim.schedules(lengths.total, lengths.warmup)
+    return LoopConfig(
+        total_steps=lengths.total,
+        lr=lr,
+        weight_decay=weight_decay,
+        samples_per_step=recipe.run.batch_size,
+        clip_grad=recipe.optim.clip_grad,
+        log_every=lengths.steps(recipe.run.log_every),
+        evaluate_every=lengths.steps(recipe.run.evaluate_every),
+        save_every=lengths.steps(recipe.run.save_every),
+        flops_per_sample=task.flops_per_sample(),
+        peak_flops=peak_flops(world.device, precision.dtype),
+        max_bad_in_a_row=recipe.run.max_bad_in_a_row,
+    )
+
+
+def evaluate_all(task: Task, evals: list[Any], loaders: dict[str, EvalLoader], ema: Ema | None = None) -> Record:
+    """The task's held-out metrics and all evaluations; with an averaged copy, the held-out metrics of that too."""
+    if "val" not in loaders:
+        return {}
+    task.eval()
+    record: Record = dict(task.evaluate(loaders["val"]))
+    for evaluation in evals:
+        record.update(evaluation.run(task, loaders))
+    if ema is not None:
+        with ema.applied():
+            record.update({f"ema_{key}": value for key, value in task.evaluate(loaders["val"]).items()})
+    return record
+
+
+def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths, world: World) -> list[str]:
+    """What is about to run, in a few lines."""
+    num_parameters = sum(p.numel() for p in task.trainable.parameters() if p.requires_grad)
+    gflops = task.flops_per_sample() / 1e9
+    return [
+        f"{recipe.task.name}: {num_parameters:,} parameters learn, {gflops:.2f} GFLOP per sample",
+        *(f"  {key}: {value}" for key, value in task.identity().items()),
+        f"  data: {loader.samples_per_epoch:,} samples per epoch, {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
+        f" {lengths.total} steps in all, {lengths.warmup} of warm-up",
+        f"  on {world.size} x {world.device} -> {recipe.run.out}",
+    ]
+
+
+def dry_run(recipe: Recipe) -> list[str]:
+    """Build everything but train nothing; returns what would run.
+
+    Raises:
+        ConfigError: As `train`.
+        ValueError: As `train`.
+    """
+    world = distributed.start(recipe.run.device)
+    try:
+        split_batch(recipe.run, world)
+        train_data, _ = recipe.data.open()
+        task: Task = recipe.task.build()
+        loader = train_loader(recipe, task, train_data, world)
+        return describe(recipe, task, loader, _Lengths(recipe, loader.steps_per_epoch), world)
+    finally:
+        distributed.stop()
+
+
+def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World) -> None:
+    """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
+    config = {
+        "format": "openeva/1",
+        "task": recipe.task.model_dump(mode="json"),
+        "identity": task.identity(),
+        "step": state.progress.step,
+        "environment": environment(world.device),
+    }
+    tensors = parameter_tensors(task.trainable)
+    if world.is_main:
+        save_native(folder, tensors, config)
+    if state.ema is not None:
+        with state.ema.applied():
+            tensors = parameter_tensors(task.trainable)
+        if world.is_main:
+            save_native(folder.with_name(folder.name + "_ema"), tensors, config)
+    distributed.barrier()
+
+
+def _write_run_files(recipe: Recipe, world: World) -> None:
+    recipe.run.out.mkdir(parents=True, exist_ok=True)
+    (recipe.run.out / "config.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    facts = {**environment(world.device), "git": _git_revision(), "processes": world.size}
+    (recipe.run.out / "environment.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout that this package runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
