@@ -30,6 +30,7 @@ def config_of(official: dict) -> Config:
         positions="learned" if official.get("use_abs_pos_emb", True) else "none",
         relative_position=next((ours for flag, ours in RELATIVE.items() if official.get(flag)), "none"),
         layer_scale=official.get("init_values") or None,
+        patch_grad_scale=0.1 if official.get("stop_grad_conv1") else 1.0,
     )
 
 

@@ -119,6 +119,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(Backbone):
     """The transformer. `mask_token` and all options of spec section 1 are switches of `Config`."""
 
+    pos_embed: Tensor | None
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -131,11 +133,11 @@ class VisionTransformer(Backbone):
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed: Tensor | None = None
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.width))
-        elif config.positions == "sincos":
-            self.register_buffer("pos_embed", sincos_positions(config.grid, config.width))
+        else:
+            fixed = sincos_positions(config.grid, config.width) if config.positions == "sincos" else None
+            self.register_buffer("pos_embed", fixed)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.relative_position = _position_bias(config, "shared")
         self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
@@ -158,13 +160,16 @@ class VisionTransformer(Backbone):
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if isinstance(token, nn.Parameter):
                 nn.init.trunc_normal_(token, std=std, a=-std, b=std)
-        for number, block in enumerate(self.blocks, start=1):
-            block.attn.proj.weight.div_((2 * number) ** 0.5)
-            block.mlp.fc2.weight.div_((2 * number) ** 0.5)
+        for number, block in enumerate(self._blocks(), start=1):
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                weight.div_((2 * number) ** 0.5)
             if self.config.norm_order == "post":
                 for norm in (block.norm1, block.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def forward(
         self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None, layers: tuple[int, ...] = ()

@@ -75,11 +75,11 @@ def wrap(
     elif compile_mode == "model":
         module.compile()
     if strategy == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
-        options = {"mp_policy": policy} if policy else {}
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in blocks:
-            fully_shard(block, **options)
-        return fully_shard(module, **options)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
+        return module
     if strategy == "ddp" or (strategy == "auto" and world.size > 1):
         return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
     return module

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -111,7 +111,7 @@ class RunLog:
             self.bar_task = self.bar.add_task("training", total=total_steps, line="")
         self.console = console
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         if self.bar is not None:
             self.bar.start()
         return self

@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from openeva.engine.distributed import barrier
 from openeva.engine.ema import Ema
@@ -109,7 +115,7 @@ class Checkpoints:
             self._clean_up()
             temporary.mkdir(parents=True)
         barrier()
-        dcp.save(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
         torch.save(_random_state(), temporary / f"rng_{rank}.pt")
         if rank == 0:
             meta = {"format": 1, "progress": asdict(state.progress), "identity": self.identity, "ema": state.ema is not None}
@@ -142,7 +148,7 @@ class Checkpoints:
             raise CheckpointError(f"{path} has no averaged weights; set optim.ema=null, or start a new run folder")
         tensors = state.tensors()
         try:
-            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+            load_tensors(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
         except Exception as error:  # DCP wraps what went wrong on any rank into its own exception types
             raise CheckpointError(
                 f"{path} does not fit this run's model: {_first_line(error)}\n"
@@ -185,7 +191,8 @@ def _random_state() -> dict[str, Any]:
         state["cuda"] = torch.cuda.get_rng_state()
     version, internal, gauss = random.getstate()
     state["python"] = [version, list(internal), gauss]
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  the state of the global one
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = numpy_state
     state["numpy"] = [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached]
     return state
 
@@ -197,7 +204,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
 def _flush(folder: Path) -> None:
@@ -222,6 +229,5 @@ def _first_line(error: BaseException) -> str:
 
 def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Full, unsharded weights on the CPU (collective), for export."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from openeva.backbones.base import Backbone
 from openeva.data.views import normalise
@@ -19,7 +19,7 @@ from openeva.data.views import normalise
 class Evaluation(Protocol):
     """Measures a task's model on data."""
 
-    def run(self, task: nn.Module, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """Metrics by name.
 
         Args:

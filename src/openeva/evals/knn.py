@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from openeva.config import ComponentConfig
 from openeva.evals.base import extract_features
@@ -36,7 +36,7 @@ class Knn:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, task: nn.Module, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"knn_accuracy": ...}` on the held-out images."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
         scores_BC = knn_scores(train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature)

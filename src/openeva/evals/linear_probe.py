@@ -13,7 +13,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from openeva.config import ComponentConfig
 from openeva.evals.base import extract_features
@@ -37,7 +36,7 @@ class LinearProbe:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, task: nn.Module, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"probe_accuracy": ..., "probe_auc": ...}` on the held-out images (AUC with two classes only)."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
         return probe(

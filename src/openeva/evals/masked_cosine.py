@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from openeva.config import ComponentConfig
 from openeva.data.views import normalise
@@ -39,7 +39,7 @@ class MaskedCosine:
         self.config = config
 
     @torch.no_grad()
-    def run(self, task: nn.Module, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"masked_cosine": ...}` and, with baselines, `visible_mean`, `position_mean` and `other_image` beside it."""
         device = next(task.parameters()).device
         rng = random.Random(self.config.seed)
@@ -63,12 +63,12 @@ class MaskedCosine:
         return {name: total / count for name, total in totals.items()}
 
 
-def draw_masks(task: nn.Module, num_images: int, rng: random.Random) -> Bool[Tensor, "B N"]:
+def draw_masks(task: Any, num_images: int, rng: random.Random) -> Bool[Tensor, "B N"]:
     """Masks of the kind the task trains with."""
     return torch.from_numpy(np.stack([task.masking(rng).reshape(-1) for _ in range(num_images)]))
 
 
-def predict_patches(task: nn.Module, batch: dict[str, Any], mask_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
+def predict_patches(task: Any, batch: dict[str, Any], mask_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
     """The student's prediction at every patch, hidden or not."""
     image_BCYX = normalise(batch["image"], task.statistics.mean, task.statistics.std)
     every_M = torch.arange(mask_BN.numel(), device=mask_BN.device)
@@ -80,7 +80,7 @@ def _on_device(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterat
         yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _position_mean(task: nn.Module, loader: Iterable[dict[str, Any]], device: torch.device) -> Float[Tensor, "N V"]:
+def _position_mean(task: Any, loader: Iterable[dict[str, Any]], device: torch.device) -> Float[Tensor, "N V"]:
     total_NV, count = None, 0
     for batch in _on_device(loader, device):
         target_BNV = task.targets(batch)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from openeva.layers.attention import Attention
 from openeva.layers.norm import LayerNorm
 
 NormOrder = Literal["pre", "post"]
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
     Args:
         attention: The attention module.
-        mlp: The MLP; a module so that variants (SwiGLU, sub-LN) need no second block.
+        mlp: The MLP; given from outside so that variants need no second block.
         width: D.
         norm_eps: Epsilon of both norms.
         norm_order: "pre" or "post" (the branch's output is normalised).
@@ -47,8 +48,8 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
-        mlp: nn.Module,
+        attention: Attention,
+        mlp: Mlp,
         *,
         width: int,
         norm_eps: float = 1e-6,

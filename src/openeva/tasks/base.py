@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from openeva.backbones.base import Backbone
@@ -85,6 +86,6 @@ class Task(nn.Module):
         """Exchange gradients between processes only at the last micro-batch."""
         if isinstance(self.trainable, DistributedDataParallel) and not last:
             return self.trainable.no_sync()
-        if hasattr(self.trainable, "set_requires_gradient_sync"):  # FSDP2
+        if isinstance(self.trainable, FSDPModule):
             self.trainable.set_requires_gradient_sync(last)
         return nullcontext()

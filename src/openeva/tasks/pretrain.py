@@ -99,8 +99,9 @@ class PretrainTask(Task):
 
     def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
         """Let the target see the training images once, where it needs statistics or a cache of features."""
-        if getattr(self.target, "needs_preparation", False):
-            self.target.prepare(images, folder, progress)
+        target: Any = self.target
+        if getattr(target, "needs_preparation", False):
+            target.prepare(images, folder, progress)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss over the masked patches of a batch, and the mean cosine as a scalar for the log."""
@@ -114,10 +115,11 @@ class PretrainTask(Task):
 
     def targets(self, batch: Batch) -> Float[Tensor, "B N V"]:
         """Targets of all patches: looked up where they were cached, computed from the target's view otherwise."""
-        if self.training and getattr(self.target, "cached", False):  # the cache holds the training images only
-            return self.target.lookup(batch["index"], batch["flip"])
+        target: Any = self.target
+        if self.training and getattr(target, "cached", False):  # the cache holds the training images only
+            return target.lookup(batch["index"], batch["flip"])
         view = self.target.view
-        image_BCYX = batch.get("target_image", batch["image"])
+        image_BCYX = batch["target_image"] if "target_image" in batch else batch["image"]
         return self.target(normalise(image_BCYX, view.normalisation.mean, view.normalisation.std))
 
     @torch.no_grad()
