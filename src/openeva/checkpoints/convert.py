@@ -1,0 +1,124 @@
+"""`openeva convert`: a weight file of one layout -> another layout, with an account of every tensor.
+
+source -> `read_weights` -> openeva's names -> resized if asked -> names and file of the wanted layout
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openeva.checkpoints.detect import infer_grid, infer_vit_config, prediction_width, unknown_names
+from openeva.checkpoints.files import StateDict, Wrapper, write_state_dict
+from openeva.checkpoints.load import PATCH_KERNEL, LoadReport, Weights, adapt, drop_index_buffers, read_weights
+from openeva.checkpoints.native import save_native
+from openeva.checkpoints.official import to_official
+from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid
+from openeva.checkpoints.timm import to_timm
+
+To = Literal["openeva", "official", "timm"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def convert(
+    source: Path,
+    out: Path,
+    to: To,
+    *,
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    wrapper: Wrapper = "model",
+    ema: bool = False,
+    patch_size: int | None = None,
+    grid: Grid | None = None,
+    num_heads: int | None = None,
+) -> LoadReport:
+    """Write the weights of `source` in another layout. Without `dtype` and resizing, every tensor keeps its bits.
+
+    Args:
+        source: An openeva folder, an official file or a file with timm's names.
+        out: A folder for "openeva", else a file; `.safetensors` is written as such.
+        to: Wanted layout.
+        dtype: Floating point type to cast to; None keeps the file's.
+        wrapper: Top-level key of an official PyTorch file. timm's files have none.
+        ema: Take the averaged weights of a training checkpoint.
+        patch_size: Resize the patch kernel to this many pixels; positions stay unless `grid` is given too.
+        grid: Resize all positions to this grid (rows, columns).
+        num_heads: Heads, for the config of an openeva folder, where the weights do not tell.
+
+    Raises:
+        FileNotFoundError: Nothing at `source`.
+        ValueError: Not readable, not a known model, unknown names in it, or the wanted layout cannot express it.
+    """
+    weights = read_weights(source, ema=ema)
+    unknown = unknown_names(weights.state_dict)
+    if unknown:
+        raise ValueError(
+            "\n".join([f"{source}: no known model has these weights:", *(f"  - {key}" for key in unknown)])
+        )
+    report = LoadReport(str(source), str(weights.layout))
+    state_dict, dropped = drop_index_buffers(weights.state_dict)
+    report.dropped |= dropped
+    grid_from = weights.grid or infer_grid(state_dict)
+    state_dict = adapt(
+        state_dict,
+        _resized_shapes(state_dict, patch_size, grid),
+        report,
+        grid=grid or grid_from,
+        source_grid=grid_from,
+    )
+    if dtype is not None:
+        state_dict = {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state_dict.items()}
+    if to == "openeva":
+        save_native(out, state_dict, _native_config(weights, state_dict, grid or grid_from, num_heads))
+    elif to == "official":
+        write_state_dict(out, to_official(state_dict), wrapper)
+    else:
+        renamed, unplaced = to_timm(state_dict)
+        _move_to_dropped(report, unplaced)
+        write_state_dict(out, renamed, "bare")
+    return report
+
+
+def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, grid: Grid | None) -> StateDict:
+    """Empty tensors in the shapes that the weights have after resizing."""
+    shapes = {key: list(tensor.shape) for key, tensor in state_dict.items()}
+    if patch_size is not None:
+        shapes[PATCH_KERNEL][-2:] = [patch_size, patch_size]
+    if grid is not None:
+        rows = {
+            "pos_embed": 1 + grid[0] * grid[1],
+            "relative_position_bias_table": (2 * grid[0] - 1) * (2 * grid[1] - 1) + NUM_CLS_ROWS,
+            "relative_position_bias_for_high": 2 * grid[0] - 1 + NUM_CLS_ROWS,
+            "relative_position_bias_for_width": 2 * grid[1] - 1 + NUM_CLS_ROWS,
+        }
+        for key, shape in shapes.items():
+            if key.startswith("backbone.") and (table := key.rsplit(".", 1)[-1]) in rows:
+                shape[-2] = rows[table]
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _native_config(
+    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+) -> dict[str, Any]:
+    """What can be said about a model whose training is not known; an openeva source keeps its own config."""
+    try:
+        backbone = infer_vit_config(state_dict, num_heads=num_heads, grid=grid)
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    config: dict[str, Any] = {key: value for key, value in weights.config.items() if key not in ("format", "versions")}
+    task = dict(config.get("task") or {"name": "pretrain"})
+    recorded = dict(task.get("backbone") or {"name": "vit"})
+    resized = {key: backbone[key] for key in ("image_size", "patch_size")}
+    task["backbone"] = {**recorded, **(resized if weights.config else backbone)}
+    config["task"] = task
+    config.setdefault("target", {"identity": None, "width": prediction_width(state_dict)})
+    config.setdefault("converted_from", {"file": weights.source.name, "layout": str(weights.layout)})
+    return config
+
+
+def _move_to_dropped(report: LoadReport, unplaced: Mapping[str, str]) -> None:
+    report.used = [key for key in report.used if key not in unplaced]
+    report.dropped |= unplaced

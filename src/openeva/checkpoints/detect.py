@@ -1,0 +1,218 @@
+"""Which layout a state dict has, and which architecture its shapes describe.
+
+state dict -> `detect_layout` -> renamed to openeva's names (`to_openeva`) -> `infer_vit_config`
+
+Source: spec sections 1.1, 1.5 and 1.8.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from openeva.checkpoints.files import StateDict
+from openeva.checkpoints.official import from_official
+from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid, square_grid
+from openeva.checkpoints.timm import from_timm, is_timm
+
+Names = Literal["openeva", "official", "timm"]
+
+NUM_HEADS_OF_WIDTH = {1408: 16, 1280: 16}
+"""Heads of released models whose head width is not 64 (EVA-g: 88, the MAE-style huge one: 80)."""
+
+HEAD_WIDTH = 64
+"""Head width of all other released models."""
+
+INDEX_BUFFER = re.compile(r"\.relative_position_(high_|width_)?index$")
+"""Tables that official files store and that are computed from the grid alone."""
+
+_KNOWN = re.compile(
+    r"""backbone\.(
+        cls_token | mask_token | pos_embed | patch_embed\.proj\.(weight|bias) | norm\.(weight|bias)
+        | relative_position\.relative_position_(bias_table|bias_for_high|bias_for_width)
+        | blocks\.\d+\.(
+            norm[12]\.(weight|bias) | gamma_[12]
+            | attn\.(q_bias | v_bias | qkv\.(weight|bias) | proj\.(weight|bias))
+            | attn\.position_bias\.relative_position_(bias_table|bias_for_high|bias_for_width)
+            | mlp\.fc[12]\.(weight|bias)))
+    | head\.(weight|bias) | fc_norm\.(weight|bias)
+    | classifier\.(weight | bias | 0\.(running_mean|running_var|num_batches_tracked) | 1\.(weight|bias))
+    | decoder\.(mask_token | pos_embed | (embed|norm|pred)\.(weight|bias) | blocks\.\d+\..+)""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of a file are named and what they hold.
+
+    Attributes:
+        names: Whose names they are. timm's names are the official ones, except for the layer scale of its
+            `VisionTransformer`; only a file with the latter counts as "timm".
+        parts: Which of openeva's parts are there, such as `("backbone", "head")`; see `official.py`.
+    """
+
+    names: Names
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.names} names, with {' and '.join(self.parts)}"
+
+
+def detect_layout(state_dict: Mapping[str, Tensor]) -> Layout:
+    """Tell the layout of a state dict by its names.
+
+    Raises:
+        ValueError: Not a plain vision transformer in a known layout; the message says what was looked for and found.
+    """
+    names: Names
+    if any(key.startswith("backbone.") for key in state_dict):
+        names = "openeva"
+    else:
+        names = "timm" if is_timm(state_dict) else "official"
+    prefix = "backbone." if names == "openeva" else ""
+    for needed in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
+        if prefix + needed not in state_dict:
+            found = ", ".join(list(state_dict)[:4])
+            raise ValueError(
+                f"not a vision transformer in a known layout: {prefix + needed} is missing (found {found}, ...); "
+                "known are openeva's own files, official EVA-01 files, and timm's Eva and VisionTransformer"
+            )
+    parts = {key.split(".", 1)[0] for key in _rename(state_dict, names)}
+    order = ("backbone", "head", "fc_norm", "classifier", "decoder")
+    return Layout(names, tuple(part for part in order if part in parts) + tuple(sorted(parts - set(order))))
+
+
+def to_openeva(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Give the weights of any known layout openeva's names, index buffers included.
+
+    Raises:
+        ValueError: Unknown layout.
+    """
+    return _rename(state_dict, detect_layout(state_dict).names)
+
+
+def unknown_names(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Which of these (openeva's) names belong to no part of any known model."""
+    return [key for key in state_dict if not _KNOWN.fullmatch(key) and not INDEX_BUFFER.search(key)]
+
+
+def prediction_width(state_dict: Mapping[str, Tensor]) -> int | None:
+    """V, the width of the teacher features that the prediction head makes; None without such a head."""
+    weight = state_dict.get("head.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def infer_vit_config(
+    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, grid: Grid | None = None
+) -> dict[str, Any]:
+    """Read the architecture off the shapes, as keyword arguments for the `Config` of `backbones/vit.py`.
+
+    Not in any shape, so left at the config's defaults: pre- or post-norm, epsilon, dropout, and the initial layer scale
+    (its value here only says that there is one).
+
+    Args:
+        state_dict: Weights with openeva's names.
+        num_heads: Heads, where no relative position table tells and the width's usual number is wrong.
+        grid: Rows and columns of patches, where positions do not tell or the grid is not square.
+
+    Raises:
+        ValueError: The number of heads or the grid cannot be told.
+    """
+    shapes = {key.removeprefix("backbone."): t.shape for key, t in state_dict.items() if key.startswith("backbone.")}
+    width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
+    inner = shapes["blocks.0.attn.qkv.weight"][0] // 3
+    relative_position = _relative_position(shapes)
+    num_heads = num_heads or _num_heads(shapes, width, inner)
+    if inner % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the {inner} channels of q; pass the right num_heads")
+    grid = grid or infer_grid(state_dict)
+    if grid is None:
+        raise ValueError(
+            "the patch grid cannot be told from the weights: no positions, or not of a square grid; pass grid"
+        )
+    sides = grid[0] * patch_size, grid[1] * patch_size
+    config: dict[str, Any] = {
+        "patch_size": patch_size,
+        "image_size": sides[0] if sides[0] == sides[1] else sides,
+        "width": width,
+        "depth": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        "num_heads": num_heads,
+        "mlp_hidden": shapes["blocks.0.mlp.fc1.weight"][0],
+        "qkv_bias": "qv"
+        if "blocks.0.attn.q_bias" in shapes
+        else "full"
+        if "blocks.0.attn.qkv.bias" in shapes
+        else "none",
+        "positions": _positions(state_dict.get("backbone.pos_embed")),
+        "relative_position": relative_position,
+        "final_norm": "norm.weight" in shapes,
+    }
+    if inner != width:
+        config["head_width"] = inner // num_heads
+    if "blocks.0.gamma_1" in shapes:
+        config["layer_scale"] = 1.0
+    return config
+
+
+def infer_grid(state_dict: Mapping[str, Tensor]) -> Grid | None:
+    """Patch grid by the position tables (openeva's names); None where there are none or the grid is not square.
+
+    Decoupled tables tell the grid whatever its shape; a grid that only the others tell is taken to be square.
+    """
+    for key, tensor in state_dict.items():
+        wide = state_dict.get(key.removesuffix("high") + "width")
+        if key.endswith("relative_position_bias_for_high") and wide is not None:
+            return (tensor.shape[0] - 2) // 2, (wide.shape[0] - 2) // 2
+    if (positions := state_dict.get("backbone.pos_embed")) is not None:
+        return square_grid(positions.shape[1] - 1)
+    for key, tensor in state_dict.items():
+        if key.endswith("relative_position_bias_table"):
+            return joint_table_grid(tensor.shape[0])
+    return None
+
+
+def joint_table_grid(rows: int) -> Grid | None:
+    """The square grid of a joint relative position table with this many rows, or None."""
+    side = math.isqrt(max(rows - NUM_CLS_ROWS, 0))
+    return ((side + 1) // 2, (side + 1) // 2) if side % 2 and side * side == rows - NUM_CLS_ROWS else None
+
+
+def _rename(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
+    if names == "openeva":
+        return dict(state_dict)
+    return from_timm(state_dict) if names == "timm" else from_official(state_dict)
+
+
+def _relative_position(shapes: Mapping[str, Any]) -> str:
+    kinds = {
+        "shared": "relative_position.relative_position_bias_table",
+        "per_block": "blocks.0.attn.position_bias.relative_position_bias_table",
+        "shared_decoupled": "relative_position.relative_position_bias_for_high",
+        "per_block_decoupled": "blocks.0.attn.position_bias.relative_position_bias_for_high",
+    }
+    return next((kind for kind, key in kinds.items() if key in shapes), "none")
+
+
+def _num_heads(shapes: Mapping[str, Any], width: int, inner: int) -> int:
+    tables = [shape for key, shape in shapes.items() if "relative_position_bias_" in key]
+    if tables:
+        return tables[0][1]
+    if inner == width and width in NUM_HEADS_OF_WIDTH:
+        return NUM_HEADS_OF_WIDTH[width]
+    if inner % HEAD_WIDTH:
+        raise ValueError(
+            f"the number of heads cannot be told: {inner} channels of q are not a multiple of {HEAD_WIDTH}; "
+            "pass num_heads"
+        )
+    return inner // HEAD_WIDTH
+
+
+def _positions(pos_1SD: Tensor | None) -> str:
+    """Kind of absolute positions; the cls row of the fixed table is exactly zero, a learned one is not."""
+    if pos_1SD is None:
+        return "none"
+    return "sincos" if not pos_1SD[:, 0].any() else "learned"

@@ -1,0 +1,323 @@
+"""Weights of any layout -> a model, with an account of every tensor.
+
+path -> `read_weights` (openeva's names) -> `adapt` (copied, resized, dropped, fresh) -> `load_into` a model -> `LoadReport`
+
+Nothing is skipped silently: a name or shape that no rule explains is an error, and all of them are in one message.
+
+Source: spec section 1.9. Deliberate difference: the official loader is not strict and only prints what does not fit.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from openeva.checkpoints.detect import INDEX_BUFFER, Layout, detect_layout, infer_grid, to_openeva
+from openeva.checkpoints.files import StateDict, read_state_dict
+from openeva.checkpoints.native import native_grid, read_native
+from openeva.checkpoints.resize import (
+    Grid,
+    resize_decoupled_relative_position_table,
+    resize_patch_kernel,
+    resize_position_embedding,
+    resize_relative_position_table,
+)
+from openeva.registry import did_you_mean
+
+INDEX_REASON = "index table, computed from the grid"
+
+DROPPABLE = {
+    "backbone.mask_token": "the model has no mask token",
+    "backbone.norm.": "the model has no final norm",
+    "head.": "the model has no prediction head",
+    "fc_norm.": "the model has no norm after pooling",
+    "classifier.": "the model has no classifier",
+    "decoder.": "the model has no decoder",
+}
+"""Start of a name that a file may hold and the model may lack -> why it is dropped then."""
+
+POSITIONS = "backbone.pos_embed"
+PATCH_KERNEL = "backbone.patch_embed.proj.weight"
+
+_SHARED = "backbone.relative_position."
+_PER_BLOCK = re.compile(r"^backbone\.blocks\.\d+\.attn\.position_bias\.")
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        source: The file or folder.
+        layout: What the file was, in words.
+        used: Names taken as they are (but for the dtype).
+        resized: Name -> from what to what.
+        dropped: Name in the file -> why it was not used.
+        fresh: Names of the model that keep their initial values.
+    """
+
+    source: str = ""
+    layout: str = ""
+    used: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The account for people: equal entries of all blocks share a line."""
+        head = " ".join(text for text in (self.source, f"({self.layout})" if self.layout else "") if text)
+        lines = [
+            f"{head}: {len(self.used)} tensors used as they are"
+            if head
+            else f"{len(self.used)} tensors used as they are"
+        ]
+        for title, entries in (
+            ("resized", self.resized),
+            ("dropped", self.dropped),
+            ("fresh", dict.fromkeys(self.fresh, "")),
+        ):
+            lines += [f"{title}: {text}" for text in _grouped(entries)]
+        return lines
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights as they were found, with openeva's names.
+
+    Attributes:
+        state_dict: Tensors in the file's dtypes.
+        layout: How the file named them.
+        source: The file or folder.
+        grid: Patch grid (rows, columns) that they were made for, where the file says so.
+        config: Content of `config.json` where they come from an openeva folder, else empty.
+    """
+
+    state_dict: StateDict
+    layout: Layout
+    source: Path
+    grid: Grid | None
+    config: dict[str, object]
+
+
+def read_weights(path: Path, *, ema: bool = False) -> Weights:
+    """Read an openeva folder, an official file, or a file with timm's names.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        ValueError: Damaged, not weights, or not a known layout; the message starts with the path.
+    """
+    config: dict[str, object] = {}
+    if path.is_dir():
+        state_dict, config = read_native(path)
+    else:
+        state_dict = read_state_dict(path, ema=ema)
+    try:
+        layout = detect_layout(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    state_dict = to_openeva(state_dict)
+    return Weights(state_dict, layout, path, native_grid(config), config)
+
+
+def drop_index_buffers(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict[str, str]]:
+    """Part the weights from the stored index tables: (weights, name of each table -> why it is dropped)."""
+    kept = {key: tensor for key, tensor in state_dict.items() if not INDEX_BUFFER.search(key)}
+    return kept, {key: INDEX_REASON for key in state_dict if key not in kept}
+
+
+def load_into(
+    model: nn.Module,
+    weights: Weights | Mapping[str, Tensor],
+    *,
+    fresh: Sequence[str] = (),
+    grid: Grid | None = None,
+    source_grid: Grid | None = None,
+    part: str | None = None,
+) -> LoadReport:
+    """Copy weights into a model, adapting what may be adapted; the model keeps its dtypes and devices.
+
+    Args:
+        model: Its parameters have openeva's names (`backbone.`, `head.`, ...).
+        weights: From `read_weights`, or a state dict with openeva's names.
+        fresh: Names, or starts of names, that may keep their initial values where the weights lack them or do not fit;
+            `("head",)` for another teacher.
+        grid: The model's patch grid (rows, columns); needed where it is not square.
+        source_grid: The weights' patch grid; needed where it is not square and the file does not say it.
+        part: The model is only this part ("backbone"): its names lack that prefix, and other parts are dropped.
+
+    Raises:
+        ValueError: Names or shapes that no rule explains, all of them, with the fix. The model is then unchanged.
+    """
+    if isinstance(weights, Weights):
+        state_dict, source_grid = weights.state_dict, source_grid or weights.grid
+        report = LoadReport(str(weights.source), str(weights.layout))
+    else:
+        state_dict, report = dict(weights), LoadReport()
+    prefix = f"{part}." if part else ""
+    if part:
+        report.dropped |= {key: f"not part of the {part}" for key in state_dict if not key.startswith(prefix)}
+        state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    expected = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+    fixed_positions = POSITIONS not in {prefix + key for key, _ in model.named_parameters()}
+    adapted = adapt(
+        state_dict, expected, report, fresh=fresh, grid=grid, source_grid=source_grid, fixed_positions=fixed_positions
+    )
+    model.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in adapted.items()}, strict=False)
+    return report
+
+
+def adapt(
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    report: LoadReport,
+    *,
+    fresh: Sequence[str] = (),
+    grid: Grid | None = None,
+    source_grid: Grid | None = None,
+    fixed_positions: bool = False,
+) -> StateDict:
+    """The tensors of `state_dict` in the shapes of `expected`; the account goes to `report`.
+
+    Args:
+        state_dict: Weights with openeva's names.
+        expected: Wanted names with tensors of the wanted shapes (`meta` tensors will do: values are not read).
+        report: Receives the account.
+        fresh: As in `load_into`.
+        grid: As in `load_into`.
+        source_grid: As in `load_into`.
+        fixed_positions: The model's positions are a fixed table; for another grid it keeps its own.
+
+    Raises:
+        ValueError: As in `load_into`.
+    """
+    given, dropped = drop_index_buffers(state_dict)
+    report.dropped |= dropped
+    given = _spread_shared_tables(given, expected, report)
+    grids = _grids(given, expected, source_grid, grid)
+    adapted: StateDict = {}
+    problems: list[str] = []
+    for key, tensor in given.items():
+        if key not in expected:
+            problems += _account_for_surplus(key, tensor, expected, report)
+        elif key == POSITIONS and fixed_positions and tensor.shape != expected[key].shape:
+            problems += _account_for_fixed_positions(tensor, report)
+        else:
+            try:
+                fitted, change = _fit(key, tensor, expected[key], *grids)
+            except ValueError as error:
+                if _matches(key, fresh):
+                    report.dropped[key] = f"{error}; left fresh as asked"
+                else:
+                    problems.append(f"{key}: {error}")
+                continue
+            adapted[key] = fitted
+            if change or key in report.resized:
+                report.resized[key] = ", ".join(text for text in (report.resized.get(key), change) if text)
+            else:
+                report.used.append(key)
+    report.fresh += [key for key in expected if key not in adapted]
+    problems += [
+        f"{key} {_shape(expected[key])} is missing from the weights; allow it in fresh to start it anew"
+        for key in report.fresh
+        if key not in given and not _matches(key, fresh) and not (key == POSITIONS and fixed_positions)
+    ]
+    if problems:
+        source = f" of {report.source}" if report.source else ""
+        raise ValueError("\n".join([f"the weights{source} do not fit the model:", *(f"  - {p}" for p in problems)]))
+    return adapted
+
+
+def _spread_shared_tables(given: StateDict, expected: Mapping[str, Tensor], report: LoadReport) -> StateDict:
+    """Copy shared relative position tables to every block where the model has per-block ones (spec 1.9.2)."""
+    result: StateDict = {}
+    for key, tensor in given.items():
+        table = key.removeprefix(_SHARED)
+        blocks = [name for name in expected if _PER_BLOCK.sub("", name) == table and name != table]
+        if key in expected or table == key or not blocks:
+            result[key] = tensor
+        else:
+            result |= dict.fromkeys(blocks, tensor)
+            report.resized |= dict.fromkeys(blocks, f"copied from {key}")
+    return result
+
+
+def _grids(
+    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source_grid: Grid | None, grid: Grid | None
+) -> tuple[Grid | None, Grid | None]:
+    """Grids of the weights and of the model, None where they cannot be told.
+
+    A grid that is only guessed to be square is not believed where the model's is not square and has as many patches.
+    """
+    wanted = grid or infer_grid(expected)
+    guessed = infer_grid(given)
+    if guessed and wanted and wanted[0] != wanted[1] and guessed[0] * guessed[1] == wanted[0] * wanted[1]:
+        guessed = None
+    return source_grid or guessed, wanted
+
+
+def _fit(key: str, tensor: Tensor, wanted: Tensor, given: Grid | None, grid: Grid | None) -> tuple[Tensor, str]:
+    """One tensor in the wanted shape, and what was done to it ("" for nothing).
+
+    Raises:
+        ValueError: No rule leads from one shape to the other, or a rule needs a grid that is not known.
+    """
+    fitted, rule = tensor, ""
+    if key == PATCH_KERNEL and tensor.ndim == wanted.ndim == 4:
+        fitted, rule = resize_patch_kernel(tensor, wanted.shape[-1]), "kernel"
+    elif key == POSITIONS or "relative_position_bias_" in key:
+        if given is None or grid is None:
+            side = "source_grid, that of the weights" if given is None else "grid, that of the model"
+            if tensor.shape != wanted.shape or (grid and grid[0] != grid[1]):
+                raise ValueError(f"{_shape(tensor)} for {_shape(wanted)}: the patch grid cannot be told; pass {side}")
+        elif given != grid:
+            fitted = _resize_table(key, tensor, given, grid)
+            rule = f"grid {given[0]}x{given[1]} -> {grid[0]}x{grid[1]}"
+    if fitted.shape != wanted.shape:
+        raise ValueError(f"{_shape(tensor)} does not fit {_shape(wanted)}, and no rule resizes it")
+    return fitted, "" if fitted is tensor else f"{_shape(tensor)} -> {_shape(fitted)} ({rule})"
+
+
+def _resize_table(key: str, table: Tensor, given: Grid, grid: Grid) -> Tensor:
+    if key == POSITIONS:
+        return resize_position_embedding(table, given, grid)
+    if key.endswith("bias_table"):
+        return resize_relative_position_table(table, given, grid)
+    axis = 0 if key.endswith("high") else 1
+    return resize_decoupled_relative_position_table(table, given[axis], grid[axis])
+
+
+def _account_for_surplus(key: str, tensor: Tensor, expected: Mapping[str, Tensor], report: LoadReport) -> list[str]:
+    why = next((why for start, why in DROPPABLE.items() if key.startswith(start)), None)
+    if why is None:
+        return [f"{key} {_shape(tensor)} has no place in the model{did_you_mean(key, list(expected))}"]
+    report.dropped[key] = why
+    return []
+
+
+def _account_for_fixed_positions(pos_1SD: Tensor, report: LoadReport) -> list[str]:
+    if pos_1SD[:, 0].any():  # the cls row of the fixed table is zero
+        return [f"{POSITIONS}: learned positions of another grid, but the model's are fixed; set positions: learned"]
+    report.dropped[POSITIONS] = "fixed table of another grid; the model computes its own"
+    return []
+
+
+def _matches(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "scalar"
+
+
+def _grouped(entries: Mapping[str, str]) -> list[str]:
+    """One text per entry; names that differ in the block number only, with the same remark, become one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, remark in entries.items():
+        groups.setdefault((re.sub(r"\bblocks\.\d+\.", "blocks.*.", key), remark), []).append(key)
+    texts = []
+    for (pattern, remark), keys in groups.items():
+        name = keys[0] if len(keys) == 1 else f"{pattern} ({len(keys)} tensors)"
+        texts.append(f"{name}: {remark}" if remark else name)
+    return texts

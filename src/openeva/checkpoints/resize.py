@@ -1,0 +1,175 @@
+"""Resizing of position tables, relative position tables and patch kernels: the one place that does it.
+
+table or kernel of one grid -> the same for another grid. Only what depends on the grid changes; prefix rows are kept.
+
+Source: the official loaders and the offline 14 -> 16 converter (spec sections 1.9.4 to 1.9.6). timm's functions of the
+same purpose differ: they resize with antialiasing, and patch kernels by a pseudo-inverse.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from scipy.interpolate import RectBivariateSpline, make_interp_spline
+from torch import Tensor
+
+Grid = tuple[int, int]
+"""(rows, columns) of patches."""
+
+NUM_CLS_ROWS = 3
+"""Last rows of every relative position table: cls to any, any to cls, cls to cls."""
+
+DECOUPLED_RATIO = 1.0903078
+"""Ratio of the geometric progression of decoupled tables; the joint rule finds it for a 14 x 14 -> 24 x 24 grid."""
+
+
+def square_grid(num_patches: int) -> Grid | None:
+    """The square grid of this many patches, or None where there is none."""
+    side = math.isqrt(max(num_patches, 0))
+    return (side, side) if side > 0 and side * side == num_patches else None
+
+
+def resize_position_embedding(
+    pos_1SD: Float[Tensor, "1 S D"], grid_from: Grid, grid_to: Grid, num_prefix: int = 1
+) -> Float[Tensor, "1 S2 D"]:
+    """Resize learned positions of a patch grid: bicubic in fp32, without antialiasing, cast back to the given dtype.
+
+    Args:
+        pos_1SD: Prefix rows, then one row per patch in raster order.
+        grid_from: Grid of the given table.
+        grid_to: Wanted grid.
+        num_prefix: Leading rows that are kept as they are (the cls token).
+
+    Raises:
+        ValueError: The table does not have the rows of `grid_from`.
+    """
+    rows = num_prefix + grid_from[0] * grid_from[1]
+    if pos_1SD.shape[1] != rows:
+        raise ValueError(
+            f"a position table of {pos_1SD.shape[1]} rows is not one of a {_text(grid_from)} grid with {num_prefix} "
+            f"prefix rows ({rows}); pass the grid that it was made for"
+        )
+    if grid_from == grid_to:
+        return pos_1SD
+    patches_1Dyx = pos_1SD[:, num_prefix:].transpose(1, 2).unflatten(2, grid_from).float()
+    resized_1Dyx = F.interpolate(patches_1Dyx, size=grid_to, mode="bicubic", align_corners=False)
+    resized_1ND = resized_1Dyx.flatten(2).transpose(1, 2).to(pos_1SD.dtype)
+    return torch.cat([pos_1SD[:, :num_prefix], resized_1ND], dim=1)
+
+
+def resize_patch_kernel(kernel_DCYX: Float[Tensor, "D C Y X"], patch_size: int) -> Float[Tensor, "D C Y2 X2"]:
+    """Resize the kernel of the patch embedding: bicubic, without antialiasing, without a correction of its magnitude.
+
+    A resized kernel is fp32 whatever the given dtype, as the official converter leaves it.
+    """
+    if kernel_DCYX.shape[-2:] == (patch_size, patch_size):
+        return kernel_DCYX
+    return F.interpolate(kernel_DCYX.float(), size=(patch_size, patch_size), mode="bicubic", align_corners=False)
+
+
+def resize_relative_position_table(
+    table_RH: Float[Tensor, "R H"], grid_from: Grid, grid_to: Grid
+) -> Float[Tensor, "R2 H"]:
+    """Resize a joint table: per head a cubic spline over offsets that grow geometrically with the distance.
+
+    The three cls rows are kept. The result is fp32.
+
+    Args:
+        table_RH: `(2 y - 1)(2 x - 1) + 3` rows, one column per head.
+        grid_from: Grid of the given table.
+        grid_to: Wanted grid.
+
+    Raises:
+        ValueError: The table has not the rows of `grid_from`, or the grids differ and one is not square or too small.
+    """
+    rows = (2 * grid_from[0] - 1) * (2 * grid_from[1] - 1) + NUM_CLS_ROWS
+    if table_RH.shape[0] != rows:
+        raise ValueError(
+            f"a relative position table of {table_RH.shape[0]} rows is not one of a {_text(grid_from)} grid ({rows} "
+            "rows); pass the grid that it was made for"
+        )
+    if grid_from == grid_to:
+        return table_RH
+    if grid_from[0] != grid_from[1] or grid_to[0] != grid_to[1]:
+        raise ValueError(
+            f"a joint relative position table is resized between square grids only, not {_text(grid_from)} -> "
+            f"{_text(grid_to)}; use a square image, or relative_position: none"
+        )
+    size_from, size_to = 2 * grid_from[0] - 1, 2 * grid_to[0] - 1
+    _check_spline(size_from)
+    source = _geometric_offsets(size_from, _joint_ratio(size_from, size_to))
+    # PARITY: the ratio is capped, so wanted offsets can lie outside the source's; they are clamped, not extrapolated.
+    wanted = np.clip(_integer_offsets(size_to), source[0], source[-1])
+    heads = [
+        RectBivariateSpline(source, source, head_R.reshape(size_from, size_from))(wanted, wanted).reshape(-1)
+        for head_R in table_RH[:-NUM_CLS_ROWS].detach().double().numpy().T
+    ]
+    resized_RH = torch.from_numpy(np.stack(heads, axis=1)).float()
+    return torch.cat([resized_RH, table_RH[-NUM_CLS_ROWS:].float()])
+
+
+def resize_decoupled_relative_position_table(
+    table_RH: Float[Tensor, "R H"], length_from: int, length_to: int
+) -> Float[Tensor, "R2 H"]:
+    """Resize a table of one axis: a cubic spline over offsets that grow geometrically, extrapolated where it ends.
+
+    The three cls rows are kept. The result is fp32.
+
+    Args:
+        table_RH: `2 length + 2` rows, one column per head.
+        length_from: Patches along the axis that the table was made for.
+        length_to: Wanted patches along the axis.
+
+    Raises:
+        ValueError: The table does not have the rows of `length_from`, or that is too small for a cubic spline.
+    """
+    if table_RH.shape[0] != 2 * length_from - 1 + NUM_CLS_ROWS:
+        raise ValueError(
+            f"a decoupled relative position table of {table_RH.shape[0]} rows is not one of {length_from} patches "
+            f"({2 * length_from + 2} rows); pass the grid that it was made for"
+        )
+    if length_from == length_to:
+        return table_RH
+    size_from, size_to = 2 * length_from - 1, 2 * length_to - 1
+    _check_spline(size_from)
+    source = _geometric_offsets(size_from, DECOUPLED_RATIO)
+    spline = make_interp_spline(source, table_RH[:-NUM_CLS_ROWS].detach().double().numpy(), k=3)
+    resized_RH = torch.from_numpy(spline(_integer_offsets(size_to))).float()
+    return torch.cat([resized_RH, table_RH[-NUM_CLS_ROWS:].float()])
+
+
+def _joint_ratio(size_from: int, size_to: int) -> float:
+    """Ratio at which the source's offsets reach as far as the wanted ones, by bisection within [1.01, 1.5]."""
+    low, high = 1.01, 1.5
+    ratio = low
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if sum(ratio**k for k in range(size_from // 2)) > size_to // 2:
+            high = ratio
+        else:
+            low = ratio
+    return ratio
+
+
+def _geometric_offsets(size: int, ratio: float) -> np.ndarray:
+    """`size` offsets around 0 whose distances grow by `ratio`: ..., -(1 + r), -1, 0, 1, 1 + r, ..."""
+    positive = np.cumsum(ratio ** np.arange(size // 2))
+    return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+def _integer_offsets(size: int) -> np.ndarray:
+    return np.arange(-(size // 2), size // 2 + 1, dtype=np.float64)
+
+
+def _check_spline(size: int) -> None:
+    if size < 5:
+        raise ValueError(
+            f"relative positions of fewer than 3 patches per axis ({size} offsets) cannot be resized by a cubic "
+            "spline; keep the grid, or use relative_position: none"
+        )
+
+
+def _text(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
