@@ -1,0 +1,344 @@
+"""The command line: `openeva demo | train | evaluate | report | convert | config | list | data | doctor`.
+
+arguments -> one function per command -> the library, which is imported inside that function so that `--help` stays fast.
+
+Exit status: 0 done (or stopped by a signal with everything saved), 1 a required check of `doctor` failed, 2 the input is wrong
+(one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from openeva.train import RunResult
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+PIPE_COLUMNS = 160
+"""Width of tables that go to a pipe or a file, where there is no terminal to fit."""
+
+
+class _Commands(TyperGroup):
+    """Turns errors that are meant for users into one message and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = shlex.join(["openeva", *sys.argv[1:]])
+            text = f"interrupted; continue from the last checkpoint with: {again}"
+            say(text if ctx.invoked_subcommand in {"train", "demo"} else "interrupted", error=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if ctx.params.get("debug") or not _is_for_users(error):
+                raise
+            hint = "" if _is_ours(error) else "\n(--debug shows where this comes from)"
+            say(f"error: {error}{hint}", error=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether openeva defines this exception: then its message was written to stand alone."""
+    return type(error).__module__.partition(".")[0] == "openeva"
+
+
+def _is_for_users(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):  # `openeva config x | head`: not an error, left to typer
+        return False
+    missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
+    return _is_ours(error) or missing_extra or isinstance(error, ValueError | OSError)
+
+
+app = typer.Typer(
+    name="openeva",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="EVA as a tool: masked pre-training on real images, evaluation, and the official checkpoints.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
+app.add_typer(data_app, name="data")
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see [bold]openeva list[/]) or a path ending in .yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[a.b=c]...", help="Values to change: dotted path, =, YAML. List items by number.", show_default=False
+    ),
+]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", exists=True, file_okay=False)]
+
+
+def main() -> None:
+    """Entry point of the command `openeva`."""
+    app()
+
+
+def stdout() -> Console:
+    """Console for results; as wide as the terminal, or wide enough for tables where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+
+
+def say(text: str, *, error: bool = False, style: str | None = None) -> None:
+    """Print text as it is: no markup, no wrapping, so that paths can be copied and output can be piped."""
+    console = Console(stderr=error)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style="bold red" if error else style)
+
+
+def _training_console() -> Console | None:
+    """Console of the main process; the others stay silent."""
+    return stdout() if int(os.environ.get("RANK", "0")) == 0 else None
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from openeva import __version__
+
+        say(f"openeva {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="OPENEVA_DEBUG", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of all commands; typer hands them to `_Commands` through the context."""
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@app.command()
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="Tiny sizes, under a minute: shows that everything works.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/demo, or runs/demo-fast")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start afresh; what is there is moved aside, not deleted.")
+    ] = False,
+) -> None:
+    """Pre-train, evaluate and report a small EVA on real photographs.
+
+    Nothing else is needed: photographs and teacher come with installed packages. The same command continues an
+    interrupted demo, and shows a finished one again.
+    """
+    folder = out or Path("runs/demo-fast" if fast else "runs/demo")
+    if restart and folder.exists():
+        aside = _unused_name(folder)
+        folder.rename(aside)
+        say(f"{folder} moved to {aside}")
+    from openeva.demo import run_demo
+
+    run_demo(folder, fast=fast, console=stdout())
+
+
+def _unused_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return name
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open the data and build the model, say what would run, stop.")
+    ] = False,
+) -> None:
+    """Do the run that a recipe describes, or continue it where its folder holds one.
+
+    On several devices: [bold]torchrun --nproc-per-node 8 -m openeva train RECIPE[/].
+    """
+    from openeva import train as training
+    from openeva.config import load_config
+
+    config = load_config(training.Recipe, recipe, overrides or [])
+    if dry_run:
+        for line in training.dry_run(config):
+            say(line)
+        return
+    result = training.train(config, console=_training_console())
+    if _training_console() is not None:
+        _say_outcome(result)
+
+
+def _say_outcome(result: "RunResult") -> None:
+    if result.status == "finished":
+        say(f"finished after step {result.step}; look at it with: openeva report {shlex.quote(str(result.out))}")
+    else:
+        again = shlex.join(["openeva", *sys.argv[1:]])
+        say(f"stopped after step {result.step} of {result.total_steps}, everything is saved; continue with: {again}")
+
+
+# ------------------------------------------------------------------------------------------------ after a run
+
+
+@app.command()
+def evaluate(run: Run, overrides: Overrides = None) -> None:
+    """Measure a finished run again, without training; overrides change its recipe (data, evals)."""
+    from openeva.evaluate import evaluate as measure
+
+    results = measure(run, overrides or [], console=stdout())
+    for name, value in results.items():
+        say(f"{name}: {value:.4g}")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the HTML report of a run."""
+    from openeva.report import write_report
+
+    say(str(write_report(run)))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of an openeva model, or a weight file of any known layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder for openeva, else a file (.safetensors, .pt).")],
+    to: Annotated[Literal["openeva", "official", "timm"], typer.Option(help="Wanted layout.")],
+    dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Cast the weights.", show_default="as they are")
+    ] = None,
+    wrapper: Annotated[
+        Literal["model", "module", "bare"], typer.Option(help="Top-level key of an official PyTorch file.")
+    ] = "model",
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a training checkpoint.")] = False,
+    patch_size: Annotated[int | None, typer.Option(help="Resize the patch kernel to so many pixels.", min=1)] = None,
+    grid: Annotated[
+        tuple[int, int] | None, typer.Option(help="Resize positions to this grid.", metavar="ROWS COLUMNS")
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Heads, where the weights do not tell.", min=1)] = None,
+) -> None:
+    """Write weights in another layout and account for every tensor."""
+    from openeva.checkpoints.convert import convert as write
+
+    account = write(
+        source, out, to, dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid, num_heads=num_heads
+    )
+    for line in account.lines():
+        say(line)
+    say(f"written: {out}")
+
+
+# ------------------------------------------------------------------------------------------------ looking around
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the resolved config of a recipe as YAML, ready to be saved as a recipe."""
+    from openeva.config import dump_yaml, load_config
+    from openeva.train import Recipe as RunRecipe
+
+    text = dump_yaml(load_config(RunRecipe, recipe, overrides or []))
+    if sys.stdout.isatty():
+        from rich.syntax import Syntax
+
+        Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    else:
+        sys.stdout.write(text)
+
+
+@app.command("list")
+def list_command(
+    recipes: Annotated[bool, typer.Option("--recipes", help="Only recipes.")] = False,
+    variants: Annotated[bool, typer.Option("--variants", help="Only model variants.")] = False,
+    components: Annotated[bool, typer.Option("--components", help="Only components.")] = False,
+) -> None:
+    """Show what can be named: recipes, model variants, components."""
+    from openeva import catalogue
+
+    everything = not (recipes or variants or components)
+    console = stdout()
+    if recipes or everything:
+        console.print(_table("Recipes", ["recipe", "what it does"], catalogue.recipes()))
+    if variants or everything:
+        rows = [(v.backbone, v.name, f"{v.num_parameters:,}", v.dimensions) for v in catalogue.variants()]
+        console.print(_table("Model variants", ["backbone", "variant", "parameters", "dimensions"], rows))
+    if components or everything:
+        console.print(_table("Components", ["kind", "name", "what it is"], catalogue.components()))
+
+
+def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        number = column == "parameters"
+        table.add_column(column, style=None, header_style="dim", justify="right" if number else "left", no_wrap=number)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Also check the data, teacher and output of this recipe.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine, and whether a recipe could run on it; downloads nothing.
+
+    Exit status 1 when something that is required fails.
+    """
+    from openeva.doctor import Check, check_machine, check_recipe
+
+    styles = {"ok": "green", "note": "yellow", "fail": "bold red"}
+    failed = 0
+
+    def show(check: Check) -> None:
+        nonlocal failed
+        failed += check.status == "fail"
+        console = Console()
+        console.print(f"{check.status:<5}", style=styles[check.status], end="", highlight=False)
+        console.print(f"{check.name:<12} {check.detail}", markup=False, highlight=False, soft_wrap=True)
+
+    for check in check_machine():
+        show(check)
+    if recipe is not None:
+        for check in check_recipe(recipe, overrides or []):
+            show(check)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("index")
+def data_index(
+    roots: Annotated[list[Path], typer.Argument(help="Folders of images, as in the recipe's `roots`, in the same order.")],
+    extensions: Annotated[
+        list[str] | None, typer.Option("--extension", help="File name endings to take.", show_default="all known")
+    ] = None,
+) -> None:
+    """Index folders of images before the first run, for example on a machine nearer to the disk; always scans anew."""
+    from openeva.config import validate
+    from openeva.data.file_index import cache_dir
+    from openeva.data.sources.image_folder import Config as ImageFolder
+
+    content: dict[str, Any] = {"roots": roots, "reindex": True}
+    if extensions:
+        content["extensions"] = extensions
+    source = validate(ImageFolder, content)
+    console = stdout()
+    with console.status("scanning") as status:
+        opened = source.build(lambda files, folder: status.update(f"{files:,} images; now in {folder}"))
+    say(f"{len(opened):,} images; the index is in {cache_dir()}")
+
+
+if __name__ == "__main__":
+    main()
