@@ -14,7 +14,8 @@ def test_random_crop_boxes(case):
     height, width = case.config["image_hw"]
     default = CropConfig()
     boxes = [
-        random_box(height, width, default.scale, default.ratio, random.Random(seed)) for seed in case.config["rrc_seeds"]
+        random_box(height, width, default.scale, default.ratio, random.Random(seed))
+        for seed in case.config["rrc_seeds"]
     ]
     order = [(top, left, h, w) for top, left, h, w in boxes]
     assert torch.equal(torch.tensor(order), case.tensors["out.rrc_params_seeded"])
@@ -31,4 +32,6 @@ def test_evaluation_pixels(case):
         view_CYX = normalise(view_CYX[None], mean, std)[0]
         stride = 1 if entry["stored"] == "full" else int("".join(filter(str.isdigit, entry["stored"])))
         expected = case.tensors[f"out.{entry['key']}"]
-        torch.testing.assert_close(view_CYX[:, ::stride, ::stride], expected, rtol=0, atol=case.json["tolerance"]["atol"])
+        torch.testing.assert_close(
+            view_CYX[:, ::stride, ::stride], expected, rtol=0, atol=case.json["tolerance"]["atol"]
+        )

@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -54,6 +54,8 @@ def decode(data: bytes) -> RGB:
                 return to_rgb(image)
         except DecodeError:
             raise
+        except UnidentifiedImageError:  # its text is the address of the buffer
+            raise DecodeError("not an image, or of an unknown format" if data else "the file is empty") from None
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... for broken files
             raise DecodeError(str(error) or type(error).__name__) from None
 
@@ -66,13 +68,13 @@ def to_rgb(image: Image.Image) -> RGB:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
         full = (
             (1.0 if grey.max() <= 1 else 255.0)
             if image.mode == "F"
             else (65535.0 if grey.max() <= 65535 else 2**31 - 1)
         )
-        grey = np.rint(np.nan_to_num(grey).clip(0, full) * (255 / full)).astype(np.uint8)
+        grey = np.rint(grey.clip(0, full) * (255 / full)).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")

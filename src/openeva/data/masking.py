@@ -9,7 +9,7 @@ give equal masks. Paper: BEiT (arXiv 2106.08254), algorithm 1; EVA (arXiv 2211.0
 
 import math
 import random
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from openeva.config import Config
 Mask = npt.NDArray[np.bool_]
 
 
+@runtime_checkable
 class MaskGenerator(Protocol):
     """Draws masks of one grid.
 

@@ -5,7 +5,7 @@ device.
 
 Source: official pre-training transform (flip first, then one box for both sizes) and evaluation transform (shorter side
 resized, centre cut). Difference: resizing by torchvision's 8-bit kernel, which is three times as fast as Pillow's and
-at most one level of 255 away from it; normalisation happens on the device, so that batches travel as bytes.
+at most two levels of 255 away from it; normalisation happens on the device, so that batches travel as bytes.
 """
 
 import math

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -236,6 +236,7 @@ def _surface(texture: Texture, y: Array, x: Array) -> Array:
     c, s = np.float32(math.cos(texture.angle)), np.float32(math.sin(texture.angle))
     along, across = c * x + s * y, c * y - s * x
     wave = np.float32(2 * math.pi / texture.period)
+    mix: npt.NDArray[Any]
     match texture.pattern:
         case "stripes":
             mix = np.sin(wave * along) > 0
@@ -252,7 +253,9 @@ def _surface(texture: Texture, y: Array, x: Array) -> Array:
 
 def _grain(seed: int, size: tuple[int, int], std: float) -> Array:
     rng = np.random.Generator(np.random.SFC64(seed))
-    return rng.standard_normal(size, dtype=np.float32) * np.float32(std)
+    grain: Array = rng.standard_normal(size, dtype=np.float32)
+    grain *= std
+    return grain
 
 
 # Outlines: signed distance (negative inside, about right near the border) in the object's own frame of radius 1.
@@ -271,7 +274,8 @@ def _triangle(v: Array, u: Array) -> Array:
 
 
 def _star(v: Array, u: Array) -> Array:
-    return np.sqrt(v * v + u * u) - np.float32(0.68) - np.float32(0.28) * np.cos(np.float32(5) * np.arctan2(u, -v))
+    arms: Array = np.cos(np.float32(5) * np.arctan2(u, -v))
+    return np.sqrt(v * v + u * u) - np.float32(0.68) - np.float32(0.28) * arms
 
 
 def _ring(v: Array, u: Array) -> Array:
