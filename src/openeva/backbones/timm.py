@@ -1,19 +1,20 @@
-"""Any model of timm as an image encoder: vision transformers (DINOv2, DINOv3, EVA, SigLIP ...) and ConvNets (a stage of them).
+"""Any model of timm as an image encoder: vision transformers (DINOv2, DINOv3, EVA ...) and ConvNets (a stage of them).
 
 normalised image -> `forward_intermediates` of the model -> the chosen layer as patches
 
-Source: timm's own weights, normalisation and preprocessing configuration. A layer that timm can put through the model's final norm
-(transformers) goes through it; stages of ConvNets come as they are.
+Source: timm's own weights and normalisation. A layer that timm can put through the model's final norm (transformers)
+goes through it; stages of ConvNets come as they are.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, field_validator
-from timm.models import load_state_dict
-from torch import Tensor, nn
+from timm.data.config import resolve_model_data_config
+from torch import Tensor
 
 from openeva.backbones.base import (
     CLIP_STATISTICS,
@@ -24,6 +25,7 @@ from openeva.backbones.base import (
     Normalisation,
 )
 from openeva.checkpoints.efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
+from openeva.checkpoints.files import read_state_dict
 from openeva.checkpoints.weights import WeightsError, digest_of_file, digest_of_weights, fetch, find_weights
 from openeva.config import ComponentConfig
 from openeva.layers.flops import trace_shapes
@@ -59,7 +61,7 @@ class Config(ComponentConfig):
     @classmethod
     def _known(cls, model: str) -> str:
         if not timm.is_model(model):
-            architecture = model.split(".")[0]
+            architecture = model.partition(".")[0]
             raise ValueError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         return model
 
@@ -76,15 +78,16 @@ class Config(ComponentConfig):
 class TimmBackbone(Backbone):
     """A timm model whose chosen layer is `Features.patches`.
 
-    `pooled` is the model's own pooling of its last layer where that has the width of the patches (class token, mean ...), and the mean
-    of the patches otherwise.
+    `pooled` is the model's own pooling of its last layer where that has the width of the patches (class token,
+    mean ...), and the mean of the patches otherwise.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.model: Any
         self.model, self.identity = _load(config)
-        data = timm.data.resolve_model_data_config(self.model)
+        data = resolve_model_data_config(self.model)
         self.normalisation = (
             Normalisation(tuple(data["mean"]), tuple(data["std"]))
             if config.statistics == "model"
@@ -156,8 +159,9 @@ class TimmBackbone(Backbone):
         return self._flops
 
 
-def _load(config: Config) -> tuple[nn.Module, str]:
+def _load(config: Config) -> tuple[Any, str]:
     """The model without its classifier, and its identity."""
+    model: Any
     if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -175,15 +179,17 @@ def _load(config: Config) -> tuple[nn.Module, str]:
     return _load_file(config, path), f"timm:{config.model}/file-{digest_of_file(path)}"
 
 
-def _load_file(config: Config, path: Any) -> nn.Module:
-    state_dict = load_state_dict(str(path), device="cpu", weights_only=True)
+def _load_file(config: Config, path: Path) -> Any:
+    state_dict = read_state_dict(path)
     if is_efficientnet_lite(state_dict):
         state_dict = convert_efficientnet_lite(state_dict)
-    head = timm.get_pretrained_cfg(config.model).classifier if timm.get_pretrained_cfg(config.model) else None
+    defaults = timm.get_pretrained_cfg(config.model)
+    head = None if defaults is None else defaults.classifier
     weight = state_dict.get(f"{head}.weight") if isinstance(head, str) else None
     num_classes = 0 if weight is None else weight.shape[0]
+    model: Any
     try:
-        # The head is built as the file has it, so that every tensor of the file must find its place, and dropped afterwards.
+        # The head is built as the file has it, so that every tensor must find its place, and dropped afterwards.
         model = timm.create_model(
             config.model,
             pretrained=True,
@@ -196,7 +202,7 @@ def _load_file(config: Config, path: Any) -> nn.Module:
     return model
 
 
-def _set_image_size(model: nn.Module, config: Config, default: tuple[int, int]) -> tuple[int, int]:
+def _set_image_size(model: Any, config: Config, default: tuple[int, int]) -> tuple[int, int]:
     size = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
     if size is None or tuple(size) == tuple(default):
         return (default[0], default[1])

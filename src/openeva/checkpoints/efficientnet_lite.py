@@ -1,7 +1,7 @@
 """EfficientNet-Lite weights under the names of the EfficientNet-PyTorch family -> timm's `tf_efficientnet_lite*` names.
 
-`_blocks.7._depthwise_conv.weight` -> `blocks.3.2.conv_dw.weight`: flat block numbers become (stage, block), and a block's norms are
-counted from its first convolution, which blocks without expansion lack.
+`_blocks.7._depthwise_conv.weight` -> `blocks.3.2.conv_dw.weight`: flat block numbers become (stage, block), and a
+block's norms are counted from its first convolution, where blocks without expansion lack one.
 """
 
 import re
@@ -55,7 +55,7 @@ def convert_efficientnet_lite(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _stage_of_block(state_dict: dict[str, Tensor]) -> dict[int, tuple[int, int]]:
-    """Flat block number -> (stage, block in stage); a stage of this family starts where the number of output channels changes."""
+    """Flat block number -> (stage, block in stage); a stage starts where the number of output channels changes."""
     place: dict[int, tuple[int, int]] = {}
     stage, block, width = -1, 0, -1
     number = 0

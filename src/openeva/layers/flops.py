@@ -15,9 +15,10 @@ Output = TypeVar("Output")
 
 
 def trace_shapes(forward: Callable[[Tensor], Output], shape: tuple[int, ...]) -> tuple[Output, float]:
-    """Output (fake tensors: shapes without values) and FLOPs (2 per multiply-add) of `forward` for a float input of this shape.
+    """Output (shapes without values) and FLOPs (2 per multiply-add) of `forward` for a float input of this shape.
 
-    Matrix products, convolutions and attention count; elementwise operators and norms do not. Weights must lie on the CPU.
+    Matrix products, convolutions and attention count, elementwise operators and norms do not. Weights must lie on the
+    CPU.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = forward(torch.empty(shape))

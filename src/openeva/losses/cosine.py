@@ -1,6 +1,7 @@
 """Negative cosine similarity between predicted and target vectors, the loss of feature regression.
 
-Paper: EVA section 2.1. Source: spec section 2.3: a mean over all masked tokens of the batch, not per image, in fp32, eps 1e-8.
+Paper: EVA section 2.1. Source: spec section 2.3: a mean over all masked tokens of the batch, not per image, in fp32,
+eps 1e-8.
 """
 
 from jaxtyping import Float
@@ -19,7 +20,7 @@ def negative_cosine(
     Args:
         predicted_MV: One prediction per masked token.
         target_MV: What it should point at; its length plays no part.
-        weight_M: Weights of the rows in the mean; rows of weight 0 (padding) do not count. All rows 0 gives a loss of 0.
+        weight_M: Weights of the rows in the mean; rows of weight 0 (padding) do not count. All 0 gives a loss of 0.
     """
     cosine_M = F.cosine_similarity(predicted_MV.float(), target_MV.float(), dim=-1, eps=EPSILON)
     if weight_M is None:

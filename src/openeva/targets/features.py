@@ -1,27 +1,39 @@
 """The features of any frozen backbone as the target: CLIP, EVA-CLIP, DINO, a ConvNet, an openeva checkpoint.
 
-view of the crop -> teacher (no gradient, reduced precision) -> patches -> student's grid -> fp32 -> [standardised per channel]
+view of the crop -> teacher (no gradient, reduced precision) -> patches -> fp32 -> student's grid -> [standardised]
 with `cache`: training images -> the same, once per image and flip -> memory-mapped fp16 file -> `lookup`
 
-Paper: EVA section 2.1 (the target is not normalised). Source: spec sections 2.1 to 2.3. Difference: bf16 where the hardware has it,
-where the official code uses fp16. Standardising each channel and caching are ours, for teachers whose channels differ much in scale
-and for fixed crops.
+Paper: EVA section 2.1 (the target is not normalised). Source: spec sections 2.1 to 2.3. Differences: bf16 where the
+hardware has it instead of fp16; standardising each channel (for teachers whose channels differ much in scale) and
+caching (for fixed crops) are ours.
 """
 
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from openeva.backbones.base import Backbone
+from openeva.checkpoints.files import write_atomically
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
+from openeva.data.feature_cache import CacheWriter, FeatureCache, bytes_needed, check_space, finish, is_complete
+from openeva.data.views import normalise
+from openeva.engine.distributed import barrier
 from openeva.engine.precision import PrecisionName, resolve_precision
 from openeva.losses.cosine import negative_cosine
 from openeva.targets.base import Target, View
+
+Batch = dict[str, Any]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,7 +75,6 @@ class FeatureTarget(Target):
     Attributes:
         teacher: The backbone, always in eval mode.
         grid: The student's patch grid, to which features are resized.
-        cached: True once `prepare` has made the cache, from when on `lookup` replaces the teacher on training images.
         needs_preparation: True where `prepare` must see the training images before the first use.
     """
 
@@ -83,9 +94,14 @@ class FeatureTarget(Target):
         self.identity = self.teacher.identity + ("" if self.layer is None else f", layer {self.layer}")
         self.identity += ", standardised" if config.standardise else ""
         self.needs_preparation = config.standardise or config.cache
-        self.cached = False
+        self._cache: FeatureCache | None = None
         self.register_buffer("mean_V", torch.zeros(self.width))
         self.register_buffer("std_V", torch.ones(self.width))
+
+    @property
+    def cached(self) -> bool:
+        """True once `prepare` has made the cache; from then on `lookup` replaces the teacher on training images."""
+        return self._cache is not None
 
     def _width(self) -> int:
         if self.layer is None:
@@ -136,3 +152,132 @@ class FeatureTarget(Target):
     def flops(self) -> float:
         """FLOPs of the teacher for one image; 0 when its features are cached."""
         return 0.0 if self.cached else self.teacher.flops()
+
+    def cache_bytes(self, num_images: int) -> int:
+        """Size on disk that caching the features of this many images takes."""
+        return bytes_needed(num_images, self.grid[0] * self.grid[1], self.width)
+
+    def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Make or re-use what the recipe asks for: the cache of features, the statistics of the channels (collective).
+
+        Args:
+            images: Batches as in `data/loader.py`, each training sample once, cut as in training and never mirrored;
+                every process gets the same.
+            folder: Where they are kept, and found again by a continued run.
+            progress: Called with the number of further images done.
+
+        Raises:
+            ValueError: The folder holds those of another teacher, crop or data; the disk is too small; an image is
+                mirrored.
+        """
+        report = progress or (lambda num_images: None)
+        if self.config.cache:
+            self._cache = self._open_cache(images, folder / "features", report)
+        if self.config.standardise:
+            self._load_statistics(images, folder / "statistics.json", report)
+
+    def lookup(self, index_B: Int[Tensor, "B"], flip_B: Bool[Tensor, "B"]) -> Float[Tensor, "B N V"]:
+        """What `forward` gives for these training samples, mirrored where `flip_B`, from the cache (rounded to fp16).
+
+        Raises:
+            ValueError: There is no cache (see `prepare`), or it lacks a sample.
+        """
+        if self._cache is None:
+            raise ValueError("there are no cached features: set cache: true and call prepare() first")
+        found_BNV = torch.from_numpy(self._cache.lookup(index_B.cpu().numpy(), flip_B.cpu().numpy()))
+        return self._standardise(found_BNV.to(index_B.device).float())
+
+    def _of_batch(self, batch: Batch, *, flip: bool = False) -> Float[Tensor, "B N V"]:
+        """Features of a batch of bytes, not standardised."""
+        if batch["flip"].any():
+            raise ValueError("features are prepared from images as they are: set hflip to 0 in the crop of this loader")
+        image_BCYX = batch["target_image"] if "target_image" in batch else batch["image"]
+        image_BCYX = image_BCYX.to(self.mean_V.device, non_blocking=True)
+        view = self.view.normalisation
+        return self._features(normalise(image_BCYX.flip(-1) if flip else image_BCYX, view.mean, view.std))
+
+    def _open_cache(self, images: Iterable[Batch], folder: Path, report: Callable[[int], None]) -> FeatureCache:
+        num_images = getattr(images, "num_samples", None)
+        key = {
+            "teacher": self.teacher.identity, "layer": self.layer, "grid": list(self.grid),
+            "resize": self.config.resize, "crop_of_first_image": _fingerprint(images), "num_images": num_images,
+        }  # fmt: skip
+        complete = is_complete(folder, key)
+        barrier()  # all have looked before one begins to write
+        if not complete:
+            if num_images is not None:
+                check_space(folder, self.cache_bytes(num_images))
+            rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            with CacheWriter(folder, rank, size, self.grid[0] * self.grid[1], self.width) as writer:
+                for number, batch in enumerate(images):
+                    if number % size == rank:
+                        both_B2NV = torch.stack([self._of_batch(batch), self._of_batch(batch, flip=True)], dim=1)
+                        writer.append(batch["index"].numpy(), both_B2NV.cpu().numpy())
+                    report(len(batch["index"]))
+            barrier()
+            if rank == 0:
+                finish(folder, key, size)
+            barrier()
+        return FeatureCache(folder)
+
+    def _load_statistics(self, images: Iterable[Batch], file: Path, report: Callable[[int], None]) -> None:
+        if not file.is_file() and not (dist.is_initialized() and dist.get_rank()):
+            mean_V, std_V = _mean_and_std(self._sample(images, report))
+            content = {"target": self.identity, "mean": mean_V.tolist(), "std": std_V.tolist()}
+            write_atomically(file, lambda path: _write_json(path, content))
+        barrier()
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["target"] != self.identity:
+            raise ValueError(
+                f"{file} holds the statistics of another teacher ({content['target']}, now {self.identity}); "
+                "delete it or choose another run.out"
+            )
+        self.mean_V.copy_(torch.tensor(content["mean"]))
+        self.std_V.copy_(torch.tensor(content["std"]))
+
+    def _sample(self, images: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Float[Tensor, "B N V"]]:
+        """Features of the first `standardise_images` images, from the cache where there is one."""
+        wanted = self.config.standardise_images
+        if self._cache is not None:
+            for index_B in np.array_split(self._cache.samples[:wanted], -(-wanted // 64)):
+                yield torch.from_numpy(self._cache.lookup(index_B, np.zeros(len(index_B), bool))).float()
+            return
+        done = 0
+        for batch in images:
+            features_BNV = self._of_batch(batch)[: wanted - done]
+            done += len(features_BNV)
+            report(len(features_BNV))
+            yield features_BNV
+            if done == wanted:
+                return
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _mean_and_std(features: Iterable[Float[Tensor, "B N V"]]) -> tuple[Float[Tensor, "V"], Float[Tensor, "V"]]:
+    """Mean and standard deviation of each channel over all patches; a channel that never changes gets deviation 1."""
+    count, total_V, squares_V = 0, torch.zeros(()), torch.zeros(())
+    for features_BNV in features:
+        tokens_MV = features_BNV.flatten(0, 1).double().cpu()
+        count, total_V, squares_V = (
+            count + len(tokens_MV),
+            total_V + tokens_MV.sum(0),
+            squares_V + tokens_MV.square().sum(0),
+        )
+    mean_V = total_V / count
+    std_V = (squares_V / count - mean_V.square()).clamp_min(0).sqrt()
+    constant_V = std_V <= 1e-6 * squares_V.div(count).sqrt()
+    return mean_V, torch.where(constant_V, 1.0, std_V)
+
+
+def _fingerprint(images: Iterable[Batch]) -> str:
+    """Digest of the first image as the teacher will see it: another crop, size or data set gives another one."""
+    batch = next(iter(images), None)
+    if batch is None:
+        raise ValueError("there are no training images to prepare the target from")
+    image_CYX = (batch["target_image"] if "target_image" in batch else batch["image"])[0]
+    digest = hashlib.sha256(f"{batch['index'][0].item()} {tuple(image_CYX.shape)}".encode())
+    digest.update(image_CYX.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
