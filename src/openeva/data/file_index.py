@@ -208,7 +208,7 @@ def scan(root: Path, extensions: Sequence[str]) -> Iterator[Folder]:
     Raises:
         OSError: The root itself cannot be read. A sub-folder that cannot is skipped with a warning.
     """
-    wanted = frozenset(e.lower().encode() for e in extensions)
+    wanted = frozenset(f".{e}".lower().encode() for e in extensions)
     path = os.fsencode(root)
     stack: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]] = [(path, b"", frozenset())]
     while stack:
@@ -217,13 +217,13 @@ def scan(root: Path, extensions: Sequence[str]) -> Iterator[Folder]:
             status = Path(os.fsdecode(folder)).stat()
             identity = (status.st_dev, status.st_ino)
             if identity in above:
-                log.warning("%s links back to a folder it lies in; not followed", _printable(folder))
+                log.warning("%s links back to a folder it lies in; not followed", printable(folder))
                 continue
             names, subfolders = _list_folder(folder, wanted)
         except OSError as error:
             if folder == path:
                 raise
-            log.warning("skipped folder %s: %s", _printable(folder), error.strerror)
+            log.warning("skipped folder %s: %s", printable(folder), error.strerror)
             continue
         yield Folder(folder, names, group, status.st_mtime_ns)
         inside = above | {identity}
@@ -240,12 +240,13 @@ def _list_folder(folder: bytes, wanted: frozenset[bytes]) -> tuple[list[bytes], 
                 continue
             if entry.is_dir():
                 subfolders.append(name)
-            elif name.rpartition(b".")[2].lower() in wanted and (entry.is_file() or entry.is_symlink()):
+            elif name[name.rfind(b".") :].lower() in wanted and (entry.is_file() or entry.is_symlink()):
                 names.append(name)
     return sorted(names), sorted(subfolders)
 
 
-def _printable(path: bytes) -> str:
+def printable(path: bytes) -> str:
+    """A path for messages: file names need not be valid UTF-8."""
     return path.decode("utf-8", "backslashreplace")
 
 
@@ -350,9 +351,9 @@ class FileIndex:
             try:
                 status = Path(os.fsdecode(folder)).stat()
             except OSError:
-                return _printable(folder)
+                return printable(folder)
             if status.st_mtime_ns != mtime_ns[row] or not stat.S_ISDIR(status.st_mode):
-                return _printable(folder)
+                return printable(folder)
         return None
 
 
@@ -404,7 +405,7 @@ def open_or_build(
                 for folder in scan(root, extensions):
                     writer.add(folder)
                     if progress is not None:
-                        progress(writer.num_files, _printable(folder.path))
+                        progress(writer.num_files, printable(folder.path))
             writer.commit(seconds=time.perf_counter() - started)
         index = FileIndex(path)
         log.info("indexed %d files in %.1f s: %s", index.num_files, index.meta["seconds"], path)
@@ -441,4 +442,8 @@ def _locked(path: Path) -> Iterator[None]:
     with path.with_suffix(".lock").open("wb") as file:
         with suppress(OSError):  # file systems without locks: every process scans, the last rename wins, all are equal
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # said, because a child forked meanwhile holds the file open too
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -2,9 +2,9 @@
 
 roots -> one index of all files on disk (`data/file_index.py`, built once) -> `read(i)`: the encoded bytes of file i.
 
-The merged-30M layout of the paper is `roots: [merged30m]` with one link per data set in it. Order is that of a sorted walk:
-files of a folder before its sub-folders. Several roots are concatenated; to see some of them more often than others, list
-several sources of this kind, each with its `weight`.
+The merged-30M layout of the paper is `roots: [merged30m]` with one link per data set in it. Order is that of a sorted
+walk: files of a folder before its sub-folders. Several roots are concatenated; to see some of them more often than
+others, list several sources of this kind, each with its `weight`.
 
 Source: the official reader sorts, follows links and accepts the same extensions; it takes first-level folders as
     classes always, here only where `labels` asks for it, and an empty class folder keeps its number.
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from openeva.config import ConfigError
-from openeva.data.file_index import FileIndex, Progress, open_or_build
+from openeva.data.file_index import FileIndex, Progress, open_or_build, printable
 from openeva.data.sources.base import Sample, SourceConfig
 
 EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
@@ -28,21 +28,24 @@ def _as_list(value: Any) -> Any:
 
 
 class Config(SourceConfig):
-    """Keys of an `image_folder` source."""
+    """Images below one or many folders.
 
-    roots: Annotated[list[Path], BeforeValidator(_as_list)] = Field(min_length=1, description="one folder or a list")
-    labels: bool | Literal["auto"] = Field(
-        False,
-        description="class = first-level folder; auto: where there are at least two and no image lies outside them",
-    )
-    classes: list[str] | None = Field(
-        None, description="class folders in the order of their numbers (default: those found, sorted)"
-    )
-    extensions: list[str] = Field(list(EXTENSIONS), min_length=1, description="of files to take, any case")
-    reindex: bool | Literal["auto"] = Field(
-        "auto",
-        description="scan again: true now, false never, auto where a folder changed and the scan takes < 1 minute",
-    )
+    Attributes:
+        roots: One folder or a list.
+        labels: True = the first-level folder is the class; "auto" = so where there are at least two of them and no
+            image lies outside; False = no labels.
+        classes: First-level folders in the order of their class numbers; default: those found, sorted.
+        extensions: Of the files to take, any case.
+        reindex: True = scan the folders now; False = never while there is an index; "auto" = scan where a folder has
+            changed and the last scan took less than a minute. An outdated index that is used is warned about.
+    """
+
+    name: Literal["image_folder"] = "image_folder"
+    roots: Annotated[list[Path], BeforeValidator(_as_list)] = Field(min_length=1)
+    labels: bool | Literal["auto"] = False
+    classes: list[str] | None = None
+    extensions: list[str] = Field(list(EXTENSIONS), min_length=1)
+    reindex: bool | Literal["auto"] = "auto"
 
     def build(self, progress: Progress | None = None) -> "ImageFolder":
         """Open the source, from its index if there is one.
@@ -51,33 +54,31 @@ class Config(SourceConfig):
             progress: Told about a scan after every folder: files so far, folder.
 
         Raises:
-            ConfigError: A root is missing, not a folder, unreadable or without images; or labels do not fit the folders.
+            ConfigError: A root is missing, not a folder, unreadable or without images, or labels do not fit the
+                folders.
         """
         roots = [root.expanduser().absolute() for root in self.roots]
-        problems = [
-            f"image_folder: root {root} is not a folder; give the path of a folder of images"
-            if root.exists()
-            # a dangling link does not exist either
-            else f"image_folder: root {root} does not exist; check the path, or that its disk is mounted"
-            for root in roots
-            if not root.is_dir()
-        ]
-        if problems:
+        if problems := [problem for root in roots if (problem := _root_problem(root))]:
             raise ConfigError(problems)
         extensions = [e.removeprefix(".") for e in self.extensions]
         try:
             index = open_or_build(roots, extensions, reindex=self.reindex, progress=progress)
         except OSError as error:
-            raise ConfigError(
-                [f"image_folder: {error.strerror or error}: {error.filename}; images must be readable, and the cache for "
-                 "their index (set OPENEVA_CACHE to choose it) writable"]
-            ) from None  # fmt: skip
+            text = f"image_folder: {error.strerror or error}: {error.filename}; the images must be readable, and the"
+            raise ConfigError([f"{text} cache of their index writable (OPENEVA_CACHE chooses another)"]) from None
         if len(index) == 0:
-            raise ConfigError(
-                [f"image_folder: no images below {', '.join(map(str, roots))}; files must end in "
-                 f"{', '.join('.' + e for e in extensions)} (key `extensions`), and hidden ones are skipped"]
-            )  # fmt: skip
+            text = f"image_folder: no images below {', '.join(map(str, roots))}; files must end in"
+            kinds = ", ".join("." + e for e in extensions)
+            raise ConfigError([f"{text} {kinds} (key `extensions`), and hidden ones are skipped"])
         return ImageFolder(index, _class_names(index, self.labels, self.classes))
+
+
+def _root_problem(root: Path) -> str | None:
+    if root.is_dir():
+        return None
+    if root.exists():
+        return f"image_folder: root {root} is a file; give a folder of images"
+    return f"image_folder: root {root} does not exist; check the path, and that its disk is mounted"
 
 
 def _class_names(index: FileIndex, labels: bool | Literal["auto"], classes: list[str] | None) -> list[str]:
@@ -89,12 +90,11 @@ def _class_names(index: FileIndex, labels: bool | Literal["auto"], classes: list
         return []
     problems = []
     if loose is not None:
-        name = index.path_of(loose).decode("utf-8", "backslashreplace")
-        problems.append(f"image_folder: labels need one folder per class, but {name} lies right in a root; move it, "
-                        "or set `labels: false`")  # fmt: skip
+        text = f"labels need one folder per class, but {printable(index.path_of(loose))} lies right in a root"
+        problems.append(f"image_folder: {text}; move it, or set `labels: false`")
     if classes is not None and (unknown := sorted(set(index.groups) - set(classes))):
-        problems.append(f"image_folder: folders that are not in `classes`: {', '.join(unknown[:10])}"
-                        f"{' ...' if len(unknown) > 10 else ''}; add or move them")  # fmt: skip
+        text = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+        problems.append(f"image_folder: folders that are not in `classes`: {text}; add or move them")
     if problems:
         raise ConfigError(problems)
     return sorted(index.groups) if classes is None else classes
@@ -129,5 +129,4 @@ class ImageFolder:
         path = self._index.path_of(index)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (names need not be valid UTF-8)
             image = file.read()
-        name = path.decode("utf-8", "backslashreplace")
-        return Sample(image, name, int(self._label_of_group[self._index.group_of(index)]))
+        return Sample(image, printable(path), int(self._label_of_group[self._index.group_of(index)]))
