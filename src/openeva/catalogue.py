@@ -1,7 +1,7 @@
 """What `openeva list` shows: recipes, model variants and components, each with a line about it.
 
-recipe files, component files -> their first comment or docstring line -> rows. Component files are read, not imported, so that the
-list is quick and complete where an optional package is missing.
+recipe and component files -> their first comment or docstring line -> rows. Component files are read, not imported, so
+that the list is quick, and complete where an optional package is missing.
 """
 
 import ast

@@ -1,14 +1,15 @@
 """The command line: `openeva demo | train | evaluate | report | convert | config | list | data | doctor`.
 
-arguments -> one function per command -> the library, which is imported inside that function so that `--help` stays fast.
+arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
-Exit status: 0 done (or stopped by a signal with everything saved), 1 a required check of `doctor` failed, 2 the input is wrong
-(one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted.
+Exit status: 0 done (or stopped by a signal with everything saved), 1 a required check of `doctor` failed, 2 the input
+is wrong (one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted.
 """
 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -122,7 +123,7 @@ def options(
 
 @app.command()
 def demo(
-    fast: Annotated[bool, typer.Option("--fast", help="Tiny sizes, under a minute: shows that everything works.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Tiny sizes, under a minute: shows that all works.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run.", show_default="runs/demo, or runs/demo-fast")
     ] = None,
@@ -273,7 +274,7 @@ def list_command(
         console.print(_table("Components", ["kind", "name", "what it is"], catalogue.components()))
 
 
-def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Any:
+def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -320,7 +321,7 @@ def doctor(
 
 @data_app.command("index")
 def data_index(
-    roots: Annotated[list[Path], typer.Argument(help="Folders of images, as in the recipe's `roots`, in the same order.")],
+    roots: Annotated[list[Path], typer.Argument(help="Folders of images: the recipe's `roots`, in their order.")],
     extensions: Annotated[
         list[str] | None, typer.Option("--extension", help="File name endings to take.", show_default="all known")
     ] = None,

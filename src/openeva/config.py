@@ -1,14 +1,17 @@
 """YAML + `a.b=c` overrides -> typed config, with every mistake in one message.
 
-recipe file -> `read_recipe` (plain mappings, `extends` merged) -> `apply_overrides` -> `validate` (pydantic) -> typed config.
+recipe file -> `read_recipe` (plain mappings, `extends` merged) -> `apply_overrides` -> `validate` (pydantic) -> config.
 
-Every component owns a `Config` (a `ComponentConfig`) beside its code; a field annotated `Component("target")` accepts any
-mapping with a `name` and validates it by the `Config` of that file. Durations are strings with a unit: "150 epochs".
+Every component owns a `Config` (a `ComponentConfig`) beside its code; a field annotated with `component("target")`
+accepts any mapping with a `name` and validates it by the `Config` of that file. Durations are strings with a unit:
+"150 epochs".
 """
 
 import copy
 import difflib
+import re
 import typing
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,9 @@ class ConfigError(Exception):
 
     def __init__(self, problems: Sequence[str], where: str = "") -> None:
         self.problems = list(problems)
-        head = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}" + (f" in {where}" if where else "")
+        head = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}" + (
+            f" in {where}" if where else ""
+        )
         super().__init__("\n".join([head + ":", *(f"  - {p}" for p in self.problems)]))
 
 
@@ -44,6 +49,19 @@ class ComponentConfig(Config):
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Make the component. Each kind of component documents its arguments in its `base.py`."""
         raise NotImplementedError(f"{type(self).__module__}.Config has no build()")
+
+
+def component_config(kind: str, name: str) -> type[ComponentConfig]:
+    """The `Config` class of a component.
+
+    Raises:
+        UnknownComponentError: No such component, or its module holds no `Config`.
+        ImportError: A package that the component needs is missing.
+    """
+    config_class = getattr(component_module(kind, name), "Config", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, ComponentConfig)):
+        raise UnknownComponentError(f"{kind} {name!r}: the module has no class Config(ComponentConfig)")
+    return config_class
 
 
 class _ComponentOf:
@@ -65,13 +83,14 @@ class _ComponentOf:
             value = {"name": value}
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             known = ", ".join(component_names(self.kind))
+            kind = f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
             raise PydanticCustomError(
-                "component_name", "a {kind} needs a 'name': one of {known}", {"kind": self.kind, "known": known}
+                "component", "{kind} needs a 'name': one of {known}", {"kind": kind, "known": known}
             )
         try:
-            config_class = component_module(self.kind, value["name"]).Config
-        except UnknownComponentError as error:
-            raise PydanticCustomError("component_name", "{text}", {"text": str(error)}) from None
+            config_class = component_config(self.kind, value["name"])
+        except (UnknownComponentError, ImportError) as error:
+            raise PydanticCustomError("component", "{text}", {"text": str(error)}) from None
         try:
             return config_class.model_validate(value)
         except ValidationError as error:
@@ -79,7 +98,7 @@ class _ComponentOf:
 
 
 def component(kind: str) -> _ComponentOf:
-    """Annotate a config field as "any component of this kind": `target: Annotated[ComponentConfig, component("target")]`."""
+    """Annotation of a config field that takes any component of a kind (see `Target` below)."""
     return _ComponentOf(kind)
 
 
@@ -94,7 +113,7 @@ Unit = Literal["steps", "epochs", "samples", "percent"]
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training with its unit, written "150 epochs", "2000 steps", "4.5e9 samples" or "10 percent" (of the run)."""
+    """A length with its unit, written "150 epochs", "2000 steps", "4.5e9 samples" or "10 percent" (of the run)."""
 
     value: float
     unit: Unit
@@ -120,7 +139,8 @@ class Duration:
         return cls(value, unit)
 
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
+        value = float(self.value)
+        return f"{int(value) if value.is_integer() else value} {self.unit}"
 
     def steps(self, *, steps_per_epoch: int, samples_per_step: int, total_steps: int | None = None) -> int:
         """This duration in optimizer steps, rounded to the nearest.
@@ -143,6 +163,58 @@ class Duration:
         return core_schema.no_info_plain_validator_function(
             cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
         )
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words are what they look like, and which does not let a second key overwrite a first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG]
+        twice = next((key for key, number in Counter(keys).items() if number > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands here twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back."""
+
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def _use_plain_scalars(*classes: Any) -> None:
+    """Numbers and booleans as in YAML 1.2: `off`, `no`, `1:30` and dates are words, `1e-3` is a number."""
+    changed = {"bool", "int", "float", "timestamp"}
+    number = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    digits = "-+.0123456789"
+    rules = {  # regular expression, and the characters that it may begin with; the first rule that fits wins
+        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+        "int": (r"^[-+]?(?:0|[1-9][0-9]*)$", digits),
+        "float": (rf"^{number}$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", digits),
+    }
+    for cls in classes:
+        cls.yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in changed]
+            for first, resolvers in cls.yaml_implicit_resolvers.items()
+        }
+        for name, (pattern, first) in rules.items():
+            cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list(first))
+
+
+_use_plain_scalars(_Loader, _Dumper)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain content of a YAML document: `off`, `no` and `1:30` are words, `1e-3` is a number, no key stands twice.
+
+    Raises:
+        yaml.YAMLError: Not valid YAML.
+    """
+    return yaml.load(text, _Loader)
 
 
 # ---------------------------------------------------------------------------------------------- reading recipes
@@ -182,16 +254,24 @@ def find_recipe(name: str) -> Path:
     raise ConfigError([f"unknown recipe {name!r}{hint} (shipped: {', '.join(known)}; or give a path ending in .yaml)"])
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Plain content of a recipe file, with `extends: other` (a recipe name or a path beside the file) merged below it.
 
+    Args:
+        path: The file.
+        children: Files that extend this one.
+
     Raises:
-        ConfigError: Not readable, not YAML, or not a mapping.
+        ConfigError: Not readable, not YAML, not a mapping, or extending itself.
     """
+    if path.resolve() in children:
+        raise ConfigError([f"{path} extends itself, by way of {', '.join(child.name for child in children)}"])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path} is not text in UTF-8"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from None
     if not isinstance(content, dict):
@@ -200,7 +280,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if parent is None:
         return content
     beside = path.parent / f"{parent}"
-    return merge(read_recipe(beside if beside.is_file() else find_recipe(str(parent))), content)
+    below = beside if beside.is_file() else find_recipe(str(parent))
+    return merge(read_recipe(below, (*children, path.resolve())), content)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +289,8 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(below)
     for key, value in above.items():
         old = result.get(key)
+        if isinstance(old, str) and isinstance(value, dict) and "name" not in value:
+            old = {"name": old}  # a component without arguments, written short
         if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
             result[key] = merge(old, value)
         else:
@@ -216,47 +299,69 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `a.b=c` (c is YAML; list items by number) to plain recipe content and return the changed copy.
+    """Apply `a.b=c` (c is YAML; list items by number, the next free number appends) to plain recipe content.
+
+    Returns:
+        The changed copy.
 
     Raises:
         ConfigError: All overrides that are not of this form or whose path runs through a plain value.
     """
-    content = copy.deepcopy(content)
-    problems: list[str] = []
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        if not equals or not path:
-            problems.append(f"override {text!r} is not of the form key.subkey=value")
-            continue
-        try:
-            _set(content, path.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            problems.append(f"override {text!r}: the value is not valid YAML")
-        except (TypeError, IndexError, ValueError) as error:
-            problems.append(f"override {text!r}: {error}")
+    content, problems = _overridden(content, overrides)
     if problems:
         raise ConfigError(problems)
     return content
 
 
+def _overridden(content: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy with the overrides that can be applied, and what is wrong with the others."""
+    content = copy.deepcopy(content)
+    problems: list[str] = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            problems.append(f"override {text!r} is not of the form key.subkey=value")
+            continue
+        try:
+            _set(content, keys, parse_yaml(value))
+        except yaml.YAMLError:
+            problems.append(f"override {text!r}: the value is not valid YAML")
+        except ValueError as error:
+            problems.append(f"override {text!r}: {error}")
+    return content, problems
+
+
 def _set(node: Any, path: list[str], value: Any) -> None:
+    """Set the value at a path, making mappings on the way where there is nothing."""
     for depth, key in enumerate(path):
-        last = depth == len(path) - 1
+        here, last = ".".join(path[:depth]), depth == len(path) - 1
         if isinstance(node, list):
-            index = int(key)
-            if last:
-                node[index] = value
-            else:
-                node = node[index]
+            place: Any = _list_index(node, key, here)
+            if place == len(node):
+                node.append(None)
         elif isinstance(node, dict):
-            if last:
-                node[key] = value
-            else:
-                if node.get(key) is None:
-                    node[key] = {}
-                node = node[key]
+            place = key
         else:
-            raise TypeError(f"{'.'.join(path[:depth])} is the plain value {node!r} and has no keys")
+            raise ValueError(f"{here} is the plain value {node!r} and has no keys")
+        if last:
+            node[place] = value
+            return
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if child is None:
+            child = {}
+        elif isinstance(child, str):
+            child = {"name": child}  # a component without arguments, written short
+        node[place] = child
+        node = child
+
+
+def _list_index(items: list[Any], key: str, where: str) -> int:
+    if not key.isdecimal():
+        raise ValueError(f"{where} is a list; its items have numbers, {key!r} is none")
+    if int(key) > len(items):
+        raise ValueError(f"{where} has {len(items)} item{'s' if len(items) != 1 else ''}; give 0 to {len(items)}")
+    return int(key)
 
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -268,11 +373,7 @@ def validate(config_class: type[ConfigType], content: dict[str, Any], where: str
     Raises:
         ConfigError: Every wrong key, type and value at once, each with its dotted path and the nearest valid key.
     """
-    try:
-        return config_class.model_validate(content)
-    except ValidationError as error:
-        flat = _problems(error, config_class, content)
-        raise ConfigError([f"{path}: {text}" if path else text for path, text in flat], where) from None
+    return _validated(config_class, content, where, [])
 
 
 def load_config(config_class: type[ConfigType], recipe: str, overrides: Sequence[str] = ()) -> ConfigType:
@@ -282,42 +383,83 @@ def load_config(config_class: type[ConfigType], recipe: str, overrides: Sequence
         ConfigError: Anything wrong with it.
     """
     path = find_recipe(recipe)
-    return validate(config_class, apply_overrides(read_recipe(path), overrides), where=path.stem)
+    content, problems = _overridden(read_recipe(path), overrides)
+    return _validated(config_class, content, path.stem, problems)
+
+
+def _validated(config_class: type[ConfigType], content: dict[str, Any], where: str, problems: list[str]) -> ConfigType:
+    """Typed config, or all problems: the given ones and those that validation finds."""
+    try:
+        config = config_class.model_validate(content)
+    except ValidationError as error:
+        flat = _problems(error, config_class, content)
+        raise ConfigError([*problems, *(f"{path}: {text}" if path else text for path, text in flat)], where) from None
+    if problems:
+        raise ConfigError(problems, where)
+    return config
 
 
 def dump_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that loads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------- error messages
 
 
 def _problems(error: ValidationError, config_class: type[BaseModel], content: Any) -> list[tuple[str, str]]:
-    problems: list[tuple[str, str]] = []
+    """(dotted path, text) of every problem; what the members of a union say about one value becomes one problem."""
+    texts: dict[str, list[str]] = {}
+    values: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        loc = [str(part) for part in item["loc"] if not _is_union_tag(part)]
+        loc = _written_path(item["loc"], content, keep_last=item["type"] == "missing")
         path = ".".join(loc)
         if item["type"] == "nested":
-            problems += [(f"{path}.{sub}" if sub else path, text) for sub, text in item["ctx"]["problems"]]
-        elif item["type"] == "extra_forbidden":
-            known = _keys_at(config_class, loc[:-1])
-            close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(known)}"
-            problems.append((path, f"unknown key; {hint}"))
-        elif item["type"] == "missing":
-            problems.append((path, "is required"))
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            got = item.get("input")
-            shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | type(None)) else ""
-            problems.append((path, text[0].lower() + text[1:] + shown))
-    return problems
+            for sub, text in item["ctx"]["problems"]:
+                texts.setdefault(f"{path}.{sub}" if sub else path, []).append(text)
+            continue
+        texts.setdefault(path, []).append(_message(item, loc, config_class))
+        got = item.get("input")
+        # a wrong name is in its message already
+        if item["type"] not in {"missing", "extra_forbidden", "component"} and isinstance(got, str | int | float):
+            values[path] = f" (got {got!r})"
+    return [(path, "; or ".join(dict.fromkeys(said)) + values.get(path, "")) for path, said in texts.items()]
 
 
-def _is_union_tag(part: Any) -> bool:
-    """Pydantic adds type names such as `tuple[int, int]` or `list[...]` to the path of a union member; users never wrote them."""
-    return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool", "Duration"})
+def _message(item: Any, loc: list[str], config_class: type[BaseModel]) -> str:
+    """What is wrong, in the words of a recipe instead of pydantic's."""
+    kind = item["type"]
+    if kind == "missing":
+        return "is required"
+    if kind == "extra_forbidden":
+        known = _keys_at(config_class, loc[:-1])
+        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(known)}")
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        known = _keys_at(config_class, loc)
+        return "must be a mapping" + (f" with keys of {', '.join(known)}" if known else "")
+    if kind == "path_type":
+        return "input should be a path"
+    if kind == "union_tag_invalid":
+        tag, known = item["ctx"]["tag"], [tag.strip("'") for tag in item["ctx"]["expected_tags"].split(", ")]
+        key = item["ctx"]["discriminator"].strip("'")
+        return f"unknown {key} {tag!r}{did_you_mean(tag, known)} (known: {', '.join(known)})"
+    text: str = item["msg"].removeprefix("Value error, ")
+    return text[:1].lower() + text[1:] if text.startswith(("Input ", "List ", "Tuple ", "String ", "Value ")) else text
+
+
+def _written_path(loc: tuple[Any, ...], content: Any, *, keep_last: bool) -> list[str]:
+    """The path as it stands in the recipe: pydantic adds names of union members that nobody wrote."""
+    path: list[str] = []
+    for number, part in enumerate(loc):
+        if isinstance(content, dict) and part in content:
+            content = content[part]
+        elif isinstance(content, list | tuple) and isinstance(part, int):
+            content = content[part] if part < len(content) else None
+        elif not (keep_last and number == len(loc) - 1):
+            continue
+        path.append(str(part))
+    return path
 
 
 def _keys_at(config_class: type[BaseModel], loc: list[str]) -> list[str]:

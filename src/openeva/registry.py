@@ -43,11 +43,13 @@ def component_module(kind: str, name: str) -> ModuleType:
     known = component_names(kind)
     if name in known:
         return importlib.import_module(f"{FOLDERS[kind]}.{name}")
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UnknownComponentError(f"{kind} {name!r}: cannot import {error.name!r}; is it on PYTHONPATH?") from None
+            raise UnknownComponentError(
+                f"{kind} {name!r}: cannot import {error.name!r}; is it on PYTHONPATH?"
+            ) from None
     raise UnknownComponentError(f"unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
 
 
