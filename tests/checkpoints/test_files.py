@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints.tiny import assert_same, official
 from safetensors.torch import save_file
 
+from checkpoints.tiny import assert_same, official
 from openeva.checkpoints.files import read_state_dict, write_atomically, write_state_dict
 
 
@@ -145,3 +145,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["w.bin"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_text("old")
+    with path.open() as reader:
+        write_atomically(path, lambda file: file.write_text("new") and None)
+        assert reader.read() == "old"
+    assert path.read_text() == "new"

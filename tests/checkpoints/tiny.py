@@ -18,7 +18,7 @@ def official(
     index: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """`relative` is one of none, shared, per_block, shared_decoupled, per_block_decoupled; `head` mim, classifier or none."""
+    """`relative`: none, shared, per_block, shared_decoupled or per_block_decoupled; `head`: mim, classifier or none."""
     generator = torch.Generator().manual_seed(0)
     tokens = 1 + grid * grid
     shapes: dict[str, Any] = {

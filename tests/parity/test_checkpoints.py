@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from parity.golden import Case, cases
 from torch import nn
 
 from openeva.backbones.vit import Config
@@ -10,6 +9,7 @@ from openeva.checkpoints.load import LoadReport, adapt, load_into
 from openeva.checkpoints.official import from_official, official_name
 from openeva.checkpoints.resize import resize_patch_kernel, resize_position_embedding
 from openeva.layers.norm import LayerNorm
+from parity.golden import Case, cases
 
 
 @pytest.mark.parametrize("case", cases("load_pos_embed"), ids=str)

@@ -1,6 +1,6 @@
 """Weights of any layout -> a model, with an account of every tensor.
 
-path -> `read_weights` (openeva's names) -> `adapt` (copied, resized, dropped, fresh) -> `load_into` a model -> `LoadReport`
+path -> `read_weights` (openeva's names) -> `adapt` (copied, resized, dropped, fresh) -> `load_into` -> `LoadReport`
 
 Nothing is skipped silently: a name or shape that no rule explains is an error, and all of them are in one message.
 
