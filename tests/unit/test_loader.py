@@ -1,5 +1,8 @@
 import io
+import multiprocessing
+import os
 import random
+import signal
 from itertools import islice
 
 import numpy as np
@@ -175,6 +178,19 @@ def test_global_random_state_is_left_alone(num_workers, monkeypatch):
     list(EvalLoader(mixture(Colours(5)), MASKED, CropConfig(), batch_size=2, num_workers=num_workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_workers_outlive_signals_to_the_whole_run():
+    batches = loader(num_workers=2).batches()
+    next(batches)
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    assert len(list(islice(batches, 12))) == 12
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 # ---------------------------------------------------------------------------------------------- broken files

@@ -83,16 +83,19 @@ def to_rgb(image: Image.Image) -> RGB:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """EXIF orientation, 1 (upright) where there is none. Looks for the EXIF block only in the header."""
-    start = data.find(b"Exif\0\0", 0, 65536)
-    if start < 0:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(data[start : start + 65536])
-        return int(exif.get(_ORIENTATION, 1))
-    except Exception:  # broken metadata do not make the picture unreadable
-        return 1
+    """EXIF orientation, 1 (upright) where there is none."""
+    start = 2
+    while data[start] == 0xFF and (0xE0 <= data[start + 1] <= 0xEF or data[start + 1] == 0xFE):  # APPn and comments
+        length = int.from_bytes(data[start + 2 : start + 4], "big")
+        if data[start + 1] == 0xE1 and data[start + 4 : start + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(data[start + 4 : start + 2 + length])
+                return int(exif.get(_ORIENTATION, 1))
+            except Exception:  # broken metadata do not make the picture unreadable
+                return 1
+        start += 2 + length
+    return 1
 
 
 def _upright(image_YXC: RGB, orientation: int) -> RGB:

@@ -20,6 +20,7 @@ Source: as in the official reader, a broken file is replaced by a random other s
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -269,6 +270,12 @@ class _StreamBatches(IterableDataset[Batch]):
 # ------------------------------------------------------------------------------------------------------ loaders
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and batch systems signal every process; workers that died of it would fail the run before it can save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Loader:
     """What both loaders share: workers, and the count of broken files.
 
@@ -293,6 +300,7 @@ class _Loader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would see other dropout
         )
         with warnings.catch_warnings():
