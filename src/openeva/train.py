@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
+from openeva.checkpoints.load import LoadReport
 from openeva.checkpoints.native import save_native
 from openeva.config import Config, ConfigError, Duration, Eval, dump_yaml
 from openeva.config import Task as TaskField
@@ -253,8 +254,14 @@ def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths,
         *(f"  {key}: {value}" for key, value in task.identity().items()),
         f"  data: {loader.samples_per_epoch:,} samples per epoch, {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
         f" {lengths.total} steps in all, {lengths.warmup} of warm-up",
+        *(f"  {line}" for report in _load_reports(task) for line in report.lines()),
         f"  on {world.size} x {world.device} -> {recipe.run.out}",
     ]
+
+
+def _load_reports(task: Task) -> list[LoadReport]:
+    found = (getattr(part, "load_report", None) for part in (task, task.backbone))
+    return [report for report in found if isinstance(report, LoadReport)]
 
 
 def dry_run(recipe: Recipe) -> list[str]:

@@ -37,6 +37,8 @@ class Normalisation:
 CLIP_STATISTICS = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_STATISTICS = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_STATISTICS = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+STATISTICS = {"clip": CLIP_STATISTICS, "imagenet": IMAGENET_STATISTICS, "half": HALF_STATISTICS}
+"""By the names that recipes use."""
 
 
 class Backbone(nn.Module):

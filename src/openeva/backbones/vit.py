@@ -7,6 +7,7 @@ tables hang on the module that uses them (names are translated in `checkpoints/`
 stored, attention is fused.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openeva.backbones.base import CLIP_STATISTICS, Backbone, Features
+from openeva.backbones.base import STATISTICS, Backbone, Features
+from openeva.checkpoints.detect import infer_vit_config
+from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.native import WEIGHTS_FILE
+from openeva.checkpoints.weights import digest_of_file, find_weights
 from openeva.config import ComponentConfig
 from openeva.layers.attention import Attention, QkvBias
 from openeva.layers.block import Block, Mlp, NormOrder
@@ -64,13 +69,18 @@ class Config(ComponentConfig):
     patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 detaches it")
     init_std: float = Field(0.02, gt=0, description="truncated normal, cut at one standard deviation")
     activation_checkpointing: bool = False
+    statistics: Literal["clip", "imagenet", "half"] = Field("clip", description="mean and deviation its input is normalised with")
     weights: str | None = Field(None, description="folder or file to start from: an openeva model, or official weights")
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_variant(cls, values: Any) -> Any:
-        variant = values.get("variant") if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            return values
+        variant = values.get("variant")
         if variant is None:
+            if isinstance(values.get("weights"), str) and "width" not in values:  # the file says what it is
+                return {**architecture_of(values["weights"]), **values}
             return values
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}{did_you_mean(str(variant), list(VARIANTS))} ({', '.join(VARIANTS)})")
@@ -97,8 +107,38 @@ class Config(ComponentConfig):
         return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
 
     def build(self) -> "VisionTransformer":
-        """Make the model with freshly drawn weights (`weights` is loaded by `openeva.models`)."""
-        return VisionTransformer(self)
+        """Make the model, with the given weights or freshly drawn ones.
+
+        Raises:
+            WeightsError: `weights` names no file.
+            ValueError: They do not fit this architecture; the message lists every tensor that does not.
+        """
+        model = VisionTransformer(self)
+        if self.weights is not None:
+            path = model_path(self.weights)
+            model.load_report = load_into(model, read_weights(path), part="backbone", grid=self.grid)
+            model.identity = f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
+        return model
+
+
+def model_path(weights: str) -> Path:
+    """The file or model folder of an address: a run's folder stands for the model in it.
+
+    Raises:
+        WeightsError: Nothing there.
+    """
+    for folder in (Path(weights).expanduser(), Path(weights).expanduser() / "model"):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    return find_weights(weights)
+
+
+def architecture_of(weights: str) -> dict[str, Any]:
+    """Dimensions and switches of the transformer in a model folder or weight file."""
+    found = read_weights(model_path(weights))
+    backbone = dict((found.config.get("task") or {}).get("backbone") or {})  # type: ignore[call-overload,attr-defined]
+    backbone.pop("weights", None)
+    return backbone or infer_vit_config(found.state_dict, grid=found.grid)
 
 
 class PatchEmbed(nn.Module):
@@ -120,13 +160,14 @@ class VisionTransformer(Backbone):
     """The transformer. `mask_token` and all options of spec section 1 are switches of `Config`."""
 
     pos_embed: Tensor | None
+    load_report: LoadReport | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.width, self.stride, self.num_layers = config.width, config.patch_size, config.depth
         self.image_size, self.grid = config.image_shape, config.grid
-        self.normalisation = CLIP_STATISTICS
+        self.normalisation = STATISTICS[config.statistics]
         self.identity = f"vit:{config.variant or 'custom'}"
         num_tokens = 1 + config.grid[0] * config.grid[1]
 

@@ -107,13 +107,21 @@ class Streams:
         return [max(1, round(w * s.samples_per_epoch)) for w, s in zip(self.weights, self.sources, strict=True)]
 
 
+def _limited(source: Source | StreamSource, limit: int | None) -> Source | StreamSource:
+    if limit is None or (isinstance(source, Source) and limit >= len(source)):
+        return source
+    if isinstance(source, StreamSource):
+        raise ValueError("streams (pipes, URLs) have no limit; set samples_per_epoch")
+    return Part(source, 0, limit)
+
+
 def open_sources(configs: Sequence[ComponentConfig]) -> Mixture | Streams:
     """Build sources of one kind: numbered ones as a `Mixture`, or streams.
 
     Raises:
         ValueError: None is given, one is empty, or numbered sources are mixed with streams.
     """
-    built = [config.build() for config in configs]
+    built = [_limited(config.build(), getattr(config, "limit", None)) for config in configs]
     streams = [source for source in built if isinstance(source, StreamSource)]
     weights = [getattr(config, "weight", 1.0) for config in configs]
     if not streams:

@@ -1,15 +1,19 @@
 """Accuracy and AUC of a logistic regression on frozen features.
 
-train images -> features, standardised -> L2-regularised logistic regression (L-BFGS) -> held-out images
+train images -> features, standardised -> L2-regularised logistic regression -> held-out images
+
+The strength of the penalty is chosen by cross-validation on the training labels, the same way for every kind of feature.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -22,8 +26,8 @@ class Config(ComponentConfig):
     """Logistic regression on frozen features."""
 
     name: str = "linear_probe"
-    regularisation: float = Field(1.0, gt=0, description="weight of the L2 penalty on standardised features, times 1 / 100")
-    max_iterations: int = Field(300, gt=0)
+    folds: int = Field(4, gt=1, description="of the cross-validation that chooses the penalty")
+    max_iterations: int = Field(200, gt=0)
 
     def build(self) -> "LinearProbe":
         """Make the evaluation."""
@@ -41,7 +45,7 @@ class LinearProbe:
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
         return probe(
             train.pooled.numpy(), train.labels.numpy(), val.pooled.numpy(), val.labels.numpy(),
-            regularisation=self.config.regularisation, max_iterations=self.config.max_iterations,
+            folds=self.config.folds, max_iterations=self.config.max_iterations,
         )  # fmt: skip
 
 
@@ -51,19 +55,30 @@ def probe(
     query_BD: NDArray[Any],
     answer_B: NDArray[Any],
     *,
-    regularisation: float = 1.0,
-    max_iterations: int = 300,
+    folds: int = 4,
+    max_iterations: int = 200,
 ) -> dict[str, float]:
     """Fit on the training features and score the held-out ones.
 
     Raises:
-        ValueError: The training labels have fewer than two classes.
+        ValueError: The training labels have fewer than two classes, or a class has fewer samples than there are folds.
     """
-    if len(np.unique(label_N)) < 2:
-        raise ValueError("a linear probe needs at least two classes among the training labels")
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01 / regularisation, max_iter=max_iterations))
-    model.fit(train_ND, label_N)
+    classes, counts = np.unique(label_N, return_counts=True)
+    if len(classes) < 2 or counts.min() < folds:
+        raise ValueError(
+            f"a linear probe needs two classes or more with at least {folds} training samples each; found"
+            f" {dict(zip(classes.tolist(), counts.tolist(), strict=True))}"
+        )
+    binary = len(classes) == 2
+    regression = LogisticRegressionCV(
+        Cs=np.logspace(-5, 0, 6), cv=folds, scoring="roc_auc" if binary else "accuracy", max_iter=max_iterations,
+        l1_ratios=(0.0,), use_legacy_attributes=False,
+    )  # fmt: skip
+    model = make_pipeline(StandardScaler(), regression)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties need not converge to be compared
+        model.fit(train_ND, label_N)
     metrics = {"probe_accuracy": float((model.predict(query_BD) == answer_B).mean())}
-    if len(np.unique(answer_B)) == 2 and len(model.classes_) == 2:
+    if binary and len(np.unique(answer_B)) == 2:
         metrics["probe_auc"] = float(roc_auc_score(answer_B, model.predict_proba(query_BD)[:, 1]))
     return metrics

@@ -70,7 +70,8 @@ def draw_masks(task: Any, num_images: int, rng: random.Random) -> Bool[Tensor, "
 
 def predict_patches(task: Any, batch: dict[str, Any], mask_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
     """The student's prediction at every patch, hidden or not."""
-    image_BCYX = normalise(batch["image"], task.statistics.mean, task.statistics.std)
+    statistics = task.backbone.normalisation
+    image_BCYX = normalise(batch["image"], statistics.mean, statistics.std)
     every_M = torch.arange(mask_BN.numel(), device=mask_BN.device)
     return task.student(image_BCYX, mask_BN, every_M).unflatten(0, mask_BN.shape)
 

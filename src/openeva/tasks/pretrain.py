@@ -8,14 +8,17 @@ image). MVP, EVA-L and others are this task with another target, masking or back
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from openeva.backbones.base import CLIP_STATISTICS, IMAGENET_STATISTICS, Backbone
+from openeva.backbones.base import Backbone
+from openeva.backbones.vit import model_path
+from openeva.checkpoints.detect import prediction_width
+from openeva.checkpoints.load import LoadReport, load_into, read_weights
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
 from openeva.config import Target as TargetField
@@ -34,7 +37,8 @@ class Config(ComponentConfig):
     backbone: BackboneField = Field(description="the student")
     target: TargetField = Field(description="what a masked patch should predict")
     masking: Masking = Field(description="which patches are hidden")
-    statistics: Literal["clip", "imagenet"] = Field("clip", description="normalisation of the student's input")
+    init_from: str | None = Field(None, description="run, model folder or official MIM file whose weights to start from")
+    init_head: bool = Field(True, description="take over its prediction head too; false for another teacher")
 
     def build(self) -> "PretrainTask":
         """Make student and target.
@@ -81,11 +85,25 @@ class PretrainTask(Task):
         self.grid = (backbone.image_size[0] // backbone.stride, backbone.image_size[1] // backbone.stride)
         self.masking = config.masking.build(self.grid)
         self.target: Target = config.target.build(self.grid)
-        self.statistics = CLIP_STATISTICS if config.statistics == "clip" else IMAGENET_STATISTICS
-        backbone.normalisation = self.statistics
         self.trainable = MimStudent(backbone, self.target.width)
         self.student: MimStudent = self.trainable
+        self.load_report: LoadReport | None = None
+        if config.init_from is not None:
+            self.load_report = self._start_from(config.init_from)
         self._image_size = backbone.image_size
+
+    def _start_from(self, address: str) -> LoadReport:
+        weights = read_weights(model_path(address))
+        width = prediction_width(weights.state_dict)
+        if self.config.init_head and width != self.target.width:
+            raise ValueError(
+                f"task.init_from {address} predicts {width} channels, but this run's target has {self.target.width}; set"
+                " task.init_head=false to start with a fresh prediction head"
+            )
+        if not self.config.init_head:
+            for name in ("head.weight", "head.bias"):
+                weights.state_dict.pop(name, None)
+        return load_into(self.student, weights, fresh=() if self.config.init_head else ("head",), grid=self.grid)
 
     @property
     def backbone(self) -> Backbone:
@@ -108,7 +126,8 @@ class PretrainTask(Task):
         index_M, weight_M = batch["masked_index"], batch["masked_weight"]
         with section("teacher"):
             target_MV = self.targets(batch).flatten(0, 1).index_select(0, index_M)
-        image_BCYX = normalise(batch["image"], self.statistics.mean, self.statistics.std)
+        statistics = self.backbone.normalisation
+        image_BCYX = normalise(batch["image"], statistics.mean, statistics.std)
         predicted_MV = self.trainable(image_BCYX, batch["mask"], index_M)
         loss = self.target.loss(predicted_MV, target_MV, weight_M)
         return loss, {}

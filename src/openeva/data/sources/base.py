@@ -36,6 +36,7 @@ class SourceConfig(ComponentConfig):
     """Keys that every source has."""
 
     weight: float = Field(1.0, gt=0, description="how often a sample is seen per epoch, on average; 0.5 = half of them")
+    limit: int | None = Field(None, gt=0, description="use so many samples only, a seeded choice; for trials")
 
 
 @runtime_checkable
