@@ -109,7 +109,7 @@ class TimmBackbone(Backbone):
 
     def _probe(self) -> tuple[tuple[int, int, int], float]:
         try:
-            features, flops = trace_shapes(self.forward, (1, 3, *self.image_size))
+            features, flops = trace_shapes(self, (1, 3, *self.image_size))
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"{self.config.model} cannot take images of {self.image_size} pixels: {error}") from None
         return (features.patches.shape[2], *features.grid), flops

@@ -3,23 +3,29 @@
 module, input shape -> fake tensors -> torch's operator counter -> FLOPs
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-Output = TypeVar("Output")
 
+def trace_shapes(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, float]:
+    """Output (shapes without values) and FLOPs (2 per multiply-add) of a module for a float input of this shape.
 
-def trace_shapes(forward: Callable[[Tensor], Output], shape: tuple[int, ...]) -> tuple[Output, float]:
-    """Output (shapes without values) and FLOPs (2 per multiply-add) of `forward` for a float input of this shape.
-
-    Matrix products, convolutions and attention count, elementwise operators and norms do not. Weights must lie on the
-    CPU.
+    Matrix products, convolutions and attention count, elementwise operators and norms do not. The weights must lie on
+    the CPU.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        output = forward(torch.empty(shape))
+    weights = {name: weight.detach() for name, weight in (*module.named_parameters(), *module.named_buffers())}
+    training, fused = module.training, torch.backends.mha.get_fastpath_enabled()
+    module.eval()  # else batch norms would count this batch
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator whose FLOPs torch does not know
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            output = functional_call(module, weights, (torch.empty(shape),))
+    finally:
+        module.train(training)
+        torch.backends.mha.set_fastpath_enabled(fused)
     return output, float(counter.get_total_flops())
