@@ -13,12 +13,11 @@ from rich.console import Console
 
 from openeva.checkpoints.load import load_into
 from openeva.checkpoints.native import read_native
-from openeva.config import ConfigError, validate
+from openeva.config import Config, ConfigError, Eval, validate
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.engine import distributed
 from openeva.engine.distributed import World
 from openeva.engine.log import Record
-from openeva.evals.base import Evaluation
 from openeva.tasks.base import Task
 from openeva.train import Recipe, evaluate_all, held_out_loaders, prepare, train_loader
 
@@ -75,12 +74,12 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
     return OpenRun(recipe, task.eval(), loaders, train_loader(recipe, task, train_data, world), world)
 
 
-def evaluate(run: Path, evals: Sequence[Evaluation] | None = None, *, console: Console | None = None) -> Record:
+def evaluate(run: Path, evals: Sequence[str] | None = None, *, console: Console | None = None) -> Record:
     """Metrics of a finished run.
 
     Args:
         run: The run's folder.
-        evals: What to measure beside the task's own held-out metrics; the recipe's evaluations when None.
+        evals: Names of evaluations to do beside the task's own held-out metrics; those of the recipe when None.
         console: Where to show progress.
 
     Raises:
@@ -90,5 +89,9 @@ def evaluate(run: Path, evals: Sequence[Evaluation] | None = None, *, console: C
     opened = open_run(run, console=console)
     if "val" not in opened.held_out:
         raise ValueError(f"{run} has no held-out data: its recipe gives neither data.val nor data.holdout")
-    chosen = [config.build() for config in opened.recipe.evals] if evals is None else list(evals)
-    return evaluate_all(opened.task, chosen, opened.held_out)
+    configs = opened.recipe.evals if evals is None else validate(_Evals, {"evals": list(evals)}).evals
+    return evaluate_all(opened.task, [config.build() for config in configs], opened.held_out)
+
+
+class _Evals(Config):
+    evals: list[Eval]

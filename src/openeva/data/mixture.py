@@ -125,7 +125,7 @@ def open_sources(configs: Sequence[ComponentConfig]) -> Mixture | Streams:
     streams = [source for source in built if isinstance(source, StreamSource)]
     weights = [getattr(config, "weight", 1.0) for config in configs]
     if not streams:
-        return Mixture(built, weights)
+        return Mixture([source for source in built if not isinstance(source, StreamSource)], weights)
     if len(streams) < len(built):
         raise ValueError(
             "streams (pipes, URLs) cannot be mixed with local sources; download them, or use streams alone"

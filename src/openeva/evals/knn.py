@@ -5,7 +5,7 @@ train images -> features, normalised -> cosine to each held-out image -> vote of
 Source: the usual protocol of DINO (arXiv 2104.14294, section 4.1): k = 20, temperature 0.07.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Knn:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"knn_accuracy": ...}` on the held-out images."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
         scores_BC = knn_scores(train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature)

@@ -6,7 +6,7 @@ The strength of the penalty is chosen by cross-validation on the training labels
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class LinearProbe:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"probe_accuracy": ..., "probe_auc": ...}` on the held-out images (AUC with two classes only)."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
         return probe(

@@ -6,7 +6,7 @@ target vector of another image at the same position. A student that does not bea
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class MaskedCosine:
         self.config = config
 
     @torch.no_grad()
-    def run(self, task: Any, loaders: dict[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"masked_cosine": ...}` and, with baselines, `visible_mean`, `position_mean` and `other_image` beside it."""
         device = next(task.parameters()).device
         rng = random.Random(self.config.seed)
