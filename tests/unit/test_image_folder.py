@@ -10,9 +10,17 @@ import pytest
 
 from openeva.config import ConfigError
 from openeva.data import file_index
-from openeva.data.file_index import ArrayFile, FileIndex, FileIndexWriter, Folder, index_path, open_or_build
+from openeva.data.file_index import (
+    IMAGE_EXTENSIONS,
+    ArrayFile,
+    FileIndex,
+    FileIndexWriter,
+    Folder,
+    index_path,
+    open_or_build,
+)
 from openeva.data.sources.base import Source
-from openeva.data.sources.image_folder import EXTENSIONS, Config, ImageFolder
+from openeva.data.sources.image_folder import Config, ImageFolder
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +66,7 @@ def test_lists_every_depth_and_case_in_sorted_order(tmp_path: Path) -> None:
 
 
 def test_accepts_the_official_extensions_and_chosen_ones(tmp_path: Path) -> None:
-    put(tmp_path, *(f"x.{e}" for e in EXTENSIONS), "x.gif", "x.heic")
+    put(tmp_path, *(f"x.{e}" for e in IMAGE_EXTENSIONS), "x.gif", "x.heic")
     assert len(build(tmp_path)) == 9
     assert contents(build(tmp_path, extensions=[".GIF"])) == ["x.gif"]
 
@@ -196,7 +204,7 @@ def test_vanished_file_fails_when_it_is_read(tmp_path: Path) -> None:
 def test_half_written_index_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "1.jpg", "2.jpg")
     build(tmp_path)
-    path = index_path([tmp_path], EXTENSIONS)
+    path = index_path([tmp_path], IMAGE_EXTENSIONS)
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", bytes(len(whole))):
         path.write_bytes(damaged)
@@ -275,7 +283,7 @@ def _scan_slowly(root: Path, queue: "multiprocessing.Queue[int]") -> None:
         nonlocal scans
         scans += 1
 
-    index = open_or_build([root], EXTENSIONS, reindex=True, progress=count)
+    index = open_or_build([root], IMAGE_EXTENSIONS, reindex=True, progress=count)
     queue.put(scans * 100 + len(index))
 
 
@@ -284,7 +292,9 @@ def test_of_several_processes_one_scans(tmp_path: Path, cache: Path) -> None:
     put(tmp_path, "1.jpg", "2.jpg")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    with file_index._locked(index_path([tmp_path], EXTENSIONS)):  # all of them have asked before the first may scan
+    with file_index._locked(
+        index_path([tmp_path], IMAGE_EXTENSIONS)
+    ):  # all of them have asked before the first may scan
         workers = [context.Process(target=_scan_slowly, args=(tmp_path, queue)) for _ in range(3)]
         for worker in workers:
             worker.start()

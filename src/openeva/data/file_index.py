@@ -34,6 +34,9 @@ import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
+"""What the official reader takes for an image."""
+
 BLOCK = 32
 """Strings per offset: a look-up reads one block (about 0.5 kB) and splits it."""
 AUTO_REINDEX_SECONDS = 60.0
@@ -300,7 +303,7 @@ class FileIndex:
     Attributes:
         num_files: How many files.
         groups: Names of the first-level folders, in the order of the scan.
-        identity: Changes exactly when the list of files does.
+        identity: Two indexes of the same identity list the same files in the same order.
     """
 
     def __init__(self, path: Path, identity: str | None = None) -> None:

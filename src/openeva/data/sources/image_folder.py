@@ -17,10 +17,8 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from openeva.config import ConfigError
-from openeva.data.file_index import FileIndex, Progress, open_or_build, printable
+from openeva.data.file_index import IMAGE_EXTENSIONS, FileIndex, Progress, open_or_build, printable
 from openeva.data.sources.base import Sample, SourceConfig
-
-EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
 
 
 def _as_list(value: Any) -> Any:
@@ -44,7 +42,7 @@ class Config(SourceConfig):
     roots: Annotated[list[Path], BeforeValidator(_as_list)] = Field(min_length=1)
     labels: bool | Literal["auto"] = False
     classes: list[str] | None = None
-    extensions: list[str] = Field(list(EXTENSIONS), min_length=1)
+    extensions: list[str] = Field(list(IMAGE_EXTENSIONS), min_length=1)
     reindex: bool | Literal["auto"] = "auto"
 
     def build(self, progress: Progress | None = None) -> "ImageFolder":
@@ -105,7 +103,7 @@ class ImageFolder:
 
     Attributes:
         class_names: By label, empty without labels.
-        identity: Changes exactly when the list of files does, so that a resumed run can tell.
+        identity: Two sources of the same identity have the same files in the same order.
     """
 
     def __init__(self, index: FileIndex, class_names: list[str]) -> None:
