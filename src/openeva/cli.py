@@ -143,7 +143,9 @@ def demo(
         say(f"{folder} moved to {aside}")
     from openeva.demo import run_demo
 
-    run_demo(folder, fast=fast, console=stdout())
+    stopped = run_demo(folder, fast=fast, console=stdout())
+    if stopped is not None:
+        _say_outcome(stopped)
 
 
 def _unused_name(folder: Path) -> Path:
@@ -190,12 +192,17 @@ def _say_outcome(result: "RunResult") -> None:
 
 
 @app.command()
-def evaluate(run: Run, overrides: Overrides = None) -> None:
-    """Measure a finished run again, without training; overrides change its recipe (data, evals)."""
+def evaluate(
+    run: Run,
+    evals: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="Name of an evaluation; may be given several times.", show_default="the recipe's"),
+    ] = None,
+) -> None:
+    """Measure a finished run, without training: its task's own held-out metrics, and evaluations."""
     from openeva.evaluate import evaluate as measure
 
-    results = measure(run, overrides or [], console=stdout())
-    for name, value in results.items():
+    for name, value in measure(run, evals or None, console=stdout()).items():
         say(f"{name}: {value:.4g}")
 
 

@@ -180,32 +180,26 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back."""
+    """Puts quotes around every word that YAML 1.1 or `_Loader` would take for something else."""
 
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+_DIGITS = "-+.0123456789"
+_SCALARS = {  # regular expression, and the characters that it may begin with; the first rule that fits wins
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"^[-+]?(?:0|[1-9][0-9]*)$", _DIGITS),
+    "float": (rf"^{_NUMBER}$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", _DIGITS),
+}
+"""Numbers and booleans as in YAML 1.2: `off`, `no`, `1:30` and dates are words, `1e-3` is a number."""
 
-
-def _use_plain_scalars(*classes: Any) -> None:
-    """Numbers and booleans as in YAML 1.2: `off`, `no`, `1:30` and dates are words, `1e-3` is a number."""
-    changed = {"bool", "int", "float", "timestamp"}
-    number = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-    digits = "-+.0123456789"
-    rules = {  # regular expression, and the characters that it may begin with; the first rule that fits wins
-        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-        "int": (r"^[-+]?(?:0|[1-9][0-9]*)$", digits),
-        "float": (rf"^{number}$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", digits),
-    }
-    for cls in classes:
-        cls.yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in changed]
-            for first, resolvers in cls.yaml_implicit_resolvers.items()
-        }
-        for name, (pattern, first) in rules.items():
-            cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list(first))
-
-
-_use_plain_scalars(_Loader, _Dumper)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[-1] not in {*_SCALARS, "timestamp"}]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
 
 
 def parse_yaml(text: str) -> Any:

@@ -153,9 +153,9 @@ def check_recipe(recipe: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
         for number, source in enumerate(sources):
             yield _tried(f"data.{part}.{number}", source.name, partial(_look_at_source, source))
     for path, component in _components(config.task, "task"):
-        weights = getattr(component, "weights", None)
-        if isinstance(weights, str):
-            yield _tried("weights", f"{path}: {weights}", partial(_look_at_weights, component))
+        address = getattr(component, "weights", None) or getattr(component, "pretrained", None)
+        if isinstance(address, str) or hasattr(component, "hub_repository"):
+            yield _tried("weights", f"{path}: {address or component.name}", partial(_look_at_weights, component, address))
     yield _tried("output", str(config.run.out), lambda: _look_at_output(config.run.out))
 
 
@@ -212,7 +212,7 @@ def _components(config: Any, path: str) -> Iterator[tuple[str, ComponentConfig]]
             yield from _components(getattr(config, key), f"{path}.{key}")
 
 
-def _look_at_weights(component: ComponentConfig) -> str:
+def _look_at_weights(component: ComponentConfig, address: str | None) -> str:
     """Where the weights that a component names are, without loading them.
 
     Raises:
@@ -220,13 +220,14 @@ def _look_at_weights(component: ComponentConfig) -> str:
     """
     from openeva.checkpoints.weights import find_weights, is_file_address
 
-    weights: str = component.weights  # type: ignore[attr-defined]
-    if weights == "random":
+    if address is None:
+        return _look_at_hub(component)
+    if address == "random":
         return "drawn from a seed, nothing to fetch"
-    if Path(weights).expanduser().is_dir():
+    if Path(address).expanduser().is_dir():
         return "folder exists"
-    if is_file_address(weights):
-        path = find_weights(weights)
+    if is_file_address(address):
+        path = find_weights(address)
         return f"{path} ({path.stat().st_size / 2**20:.0f} MiB)"
     return _look_at_hub(component)
 
