@@ -236,11 +236,12 @@ def evaluate_all(task: Task, evals: list[Any], loaders: dict[str, EvalLoader], e
     if "val" not in loaders:
         return {}
     task.eval()
-    record: Record = dict(task.evaluate(loaders["val"]))
-    for evaluation in evals:
-        record.update(evaluation.run(task, loaders))
+    with distributed.gathered(task.trainable):
+        record: Record = dict(task.evaluate(loaders["val"]))
+        for evaluation in evals:
+            record.update(evaluation.run(task, loaders))
     if ema is not None:
-        with ema.applied():
+        with ema.applied(), distributed.gathered(task.trainable):
             record.update({f"ema_{key}": value for key, value in task.evaluate(loaders["val"]).items()})
     return record
 

@@ -1,13 +1,16 @@
 """One process, DDP or FSDP2 under `torchrun`; every helper works without a process group too."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 Strategy = Literal["auto", "none", "ddp", "fsdp"]
@@ -57,7 +60,12 @@ def stop() -> None:
 
 
 def wrap(
-    module: nn.Module, blocks: list[nn.Module], world: World, strategy: Strategy, compile_mode: CompileMode, dtype: torch.dtype
+    module: nn.Module,
+    blocks: list[nn.Module],
+    world: World,
+    strategy: Strategy,
+    compile_mode: CompileMode,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Compile, then wrap for data parallel training.
 
@@ -65,24 +73,50 @@ def wrap(
         module: The task's `trainable`.
         blocks: Its repeated layers: the units of sharding and of block-wise compilation.
         world: This process.
-        strategy: "auto" is DDP with several processes and nothing with one.
+        strategy: "auto" is DDP with several processes. With one process nothing is wrapped, whatever it says.
         compile_mode: "blocks" compiles one block once and uses it for all; "model" compiles the whole forward pass.
         dtype: Compute precision; FSDP gathers weights in it and reduces gradients in fp32.
+
+    Raises:
+        ValueError: Several processes, but a strategy that does not join them.
     """
+    if world.size > 1 and strategy == "none":
+        raise ValueError(f"run.strategy none would train {world.size} unconnected models; use auto, ddp or fsdp")
     if compile_mode == "blocks":
         for block in blocks:
             block.compile()
     elif compile_mode == "model":
         module.compile()
+    if world.size == 1:
+        return module
     if strategy == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(world.device.type, (world.size,))
         for block in blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(module, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
-    if strategy == "ddp" or (strategy == "auto" and world.size > 1):
-        return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
-    return module
+    # buffers are constants (positions); broadcasting them would make evaluation a collective operation
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within this context every process holds all weights of a sharded module (collective on entry only).
+
+    For evaluation: forward passes need no other process, so that processes may run different numbers of them.
+    """
+    shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(shard is not module, recurse=False)  # the root keeps its own, as is usual
+            shard.reshard()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

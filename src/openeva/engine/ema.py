@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -20,9 +21,11 @@ class Ema:
         self.averages = [p.detach().clone().float() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights."""
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1.0 - self.decay)
+    def update(self, skipped: Tensor) -> None:
+        """Move the average towards the weights; where `skipped` is 1 (a scalar on the device), leave it alone."""
+        weight = (1.0 - self.decay) * (1.0 - skipped)
+        averages = [_local(average) for average in self.averages]
+        torch._foreach_lerp_(averages, [_local(p.detach()) for p in self.parameters], [weight] * len(averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -48,3 +51,8 @@ class Ema:
         """Continue from `state_dict()`."""
         for name, average in self.state_dict().items():
             average.copy_(state[name])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard; the average of a shard is the shard of the average."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

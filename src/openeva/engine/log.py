@@ -6,7 +6,7 @@ device scalars -> `Meter` (summed on the device, copied in the background) -> re
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -48,8 +48,8 @@ class Meter:
     def flush(self, record: Record, extra: dict[str, Tensor]) -> None:
         """Close the interval: means over its steps and all processes, and `extra` device scalars as they are."""
         keys = sorted(self.sums)
-        means = [mean_over_processes(self.sums[key] / self.count) for key in keys]
-        values = torch.stack([*means, *(value.float() for value in extra.values())])
+        means = [mean_over_processes(torch.stack([self.sums[key] for key in keys]) / self.count)] if keys else []
+        values = torch.cat([*means, *(value.float().reshape(1) for value in extra.values())])
         keys += list(extra)
         event = None
         if self.device.type == "cuda":
@@ -99,13 +99,14 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished_line(folder / "log.jsonl")
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self.wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
         if console is not None:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=console,
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=console,
                 disable=not console.is_terminal,
             )  # fmt: skip
             self.bar_task = self.bar.add_task("training", total=total_steps, line="")
@@ -116,7 +117,9 @@ class RunLog:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.active:
             return
         if self.bar is not None:
@@ -145,6 +148,11 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in clean.items() if v is not None}, step=step)
         self._show(record)
+
+    def write_all(self, records: Iterable[Record]) -> None:
+        """Append several records."""
+        for record in records:
+            self.write(record)
 
     def say(self, text: str) -> None:
         """Tell the user something that is not a number, and record it."""
@@ -209,6 +217,19 @@ def read_log(folder: Path) -> list[Record]:
         if "step" in record:
             records[record["step"], "loss" in record] = record
     return [records[key] for key in sorted(records)]
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run wrote of its last line: it would spoil the first line of the run that continues."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, 2)
+        begin = max(0, size - 2**20)
+        file.seek(begin)
+        tail = file.read()
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(begin + tail.rfind(b"\n") + 1)
 
 
 def _start_wandb(project: str, folder: Path, config: Record | None) -> Any:

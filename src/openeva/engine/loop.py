@@ -1,7 +1,8 @@
 """THE training loop, for every task.
 
-micro-batches -> lr and weight decay from the schedule -> task.forward_backward under autocast -> finite check -> clip -> step ->
-EMA -> log -> evaluate -> save -> stop. It imports no model, task or data set, and never waits for the device only to log.
+micro-batches -> lr and weight decay from the schedule -> task.forward_backward under autocast -> finite check -> clip
+-> step -> EMA -> log -> evaluate -> save -> stop. It imports no model, task or data set, and never waits for the device
+only to log.
 """
 
 import signal
@@ -99,7 +100,7 @@ class StopSignal:
         self.received = number
 
 
-def run_loop(
+def run_loop(  # noqa: PLR0915  the one visible loop
     task: LoopTask,
     data: LoopData,
     state: TrainState,
@@ -119,7 +120,7 @@ def run_loop(
     times, meter = timing.start(world.device), Meter(world.device)
     batches = data.batches(progress.samples_seen)
     interval_begun, interval_step = time.perf_counter(), progress.step
-    saved_step, reported = progress.step, set[str]()
+    bad_in_a_row, save_is_due, reported = 0.0, False, set[str]()
     task.train()
 
     with StopSignal() as stop:
@@ -138,13 +139,14 @@ def run_loop(
                 optimizer.zero_grad(set_to_none=True)
                 precision.update()
                 if state.ema is not None:
-                    state.ema.update()
+                    state.ema.update(skipped=precision.found_inf)
             progress.step += 1
             progress.samples_seen += config.samples_per_step
             meter.add({"loss": loss, "grad_norm": grad_norm, **scalars}, skipped=precision.found_inf)
 
             # ---- log, and look at what an earlier log line brought back
-            if progress.step % config.log_every == 0 or progress.step == config.total_steps:
+            logging = _due(progress.step, config.log_every, config.total_steps)
+            if logging:
                 seconds = time.perf_counter() - interval_begun
                 record = speed_record(config, times.take(), seconds, progress.step - interval_step, world)
                 record = {"step": progress.step, "samples": progress.samples_seen, "lr": lr, **record}
@@ -152,14 +154,15 @@ def run_loop(
                 meter.flush(record, {"skipped_steps": precision.bad_steps, "bad_in_a_row": precision.bad_in_a_row,
                                      "loss_scale": precision.scale})  # fmt: skip
                 interval_begun, interval_step = time.perf_counter(), progress.step
-            bad_in_a_row = 0.0
             for record in meter.ready(wait=progress.step == config.total_steps):
                 log.write(record)
-                bad_in_a_row = max(bad_in_a_row, record["bad_in_a_row"])
+                bad_in_a_row = record["bad_in_a_row"]
             log.advance(progress.step)
-            if any_process(bad_in_a_row >= config.max_bad_in_a_row) if progress.step % config.log_every == 0 else False:
+            if logging and any_process(bad_in_a_row >= config.max_bad_in_a_row):
+                log.write_all(meter.ready(wait=True))
                 rewind(state, config, checkpoints, log)
-                batches = data.batches(progress.samples_seen)
+                batches, bad_in_a_row = data.batches(progress.samples_seen), 0.0
+                interval_begun, interval_step = time.perf_counter(), progress.step
                 continue
 
             # ---- evaluate, save, stop
@@ -171,14 +174,17 @@ def run_loop(
             stopping = stop.received is not None
             if world.size > 1:  # agree, so that all save the same step
                 stopping = any_process(stopping) if progress.step % STOP_CHECK_STEPS == 0 else False
-            if stopping or _due(progress.step, config.save_every, config.total_steps):
+            save_is_due |= _due(progress.step, config.save_every, config.total_steps)
+            # a rewind wants weights from before the steps that failed: the checkpoint waits for a good step
+            if stopping or (save_is_due and not precision.in_bad_streak()):
+                begun = time.perf_counter()
                 checkpoints.save(state)
-                saved_step = progress.step
+                save_is_due, interval_begun = False, interval_begun + time.perf_counter() - begun
             if stopping:
+                log.write_all(meter.ready(wait=True))
                 log.say(f"stopped by a signal after step {progress.step}; saved, the same command continues the run")
                 return "stopped"
-    if saved_step != progress.step:
-        checkpoints.save(state)
+    checkpoints.save(state)
     return "finished"
 
 
@@ -205,6 +211,7 @@ def rewind(state: TrainState, config: LoopConfig, checkpoints: Checkpoints, log:
         NonFiniteError: There is none, or it has been tried too often.
     """
     rewinds, samples_seen, bad_step = state.progress.rewinds + 1, state.progress.samples_seen, state.progress.step
+    bad_steps = state.precision.bad_steps.clone()
     advice = "try a lower optim.lr, a longer optim.warmup, a smaller optim.clip_grad, or run.precision=fp32"
     if rewinds > config.max_rewinds or not checkpoints.load(state):
         raise NonFiniteError(
@@ -212,15 +219,16 @@ def rewind(state: TrainState, config: LoopConfig, checkpoints: Checkpoints, log:
             f" ({rewinds - 1} rewinds so far); {advice}"
         )
     state.progress.rewinds, state.progress.samples_seen = rewinds, samples_seen
-    state.precision.bad_in_a_row.zero_()
-    state.precision.scale = (state.precision.scale / 4).clamp(min=1.0)
+    state.precision.rewound(bad_steps, rewinds)
     log.say(
         f"{config.max_bad_in_a_row} steps in a row up to step {bad_step} had non-finite gradients: back to step"
         f" {state.progress.step}, on with the data after sample {samples_seen}; if it comes again, {advice}"
     )
 
 
-def speed_record(config: LoopConfig, seconds_by_section: dict[str, float], seconds: float, steps: int, world: World) -> Record:
+def speed_record(
+    config: LoopConfig, seconds_by_section: dict[str, float], seconds: float, steps: int, world: World
+) -> Record:
     """Throughput, utilisation, time shares and memory of a log interval; "student" is what the other sections leave."""
     samples_per_s = steps * config.samples_per_step / seconds
     flops_per_s = samples_per_s * config.flops_per_sample

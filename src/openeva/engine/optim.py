@@ -1,7 +1,7 @@
 """Parameter groups and AdamW.
 
-Source: spec sections 5.1 and 5.2. No decay for 1-D parameters, names that end in `.bias`, and the model's own list; with layer
-decay, each group's learning rate and weight decay are scaled by `decay ** (L + 1 - layer)`.
+Source: spec sections 5.1 and 5.2. No decay for 1-D parameters, names that end in `.bias`, and the model's own list;
+with layer decay, each group's learning rate and weight decay are scaled by `decay ** (L + 1 - layer)`.
 """
 
 import re
@@ -26,10 +26,16 @@ class OptimConfig(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    weight_decay_end: float | None = Field(None, ge=0, description="end of a cosine schedule of the decay; constant when left out")
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="end of a cosine schedule of the decay; constant when left out"
+    )
     clip_grad: float | None = Field(3.0, gt=0, description="largest norm of the whole gradient; none for no clipping")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the top; 1 for none")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged copy of the weights; none for no copy")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate per layer from the top; 1 for none"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged copy of the weights; none for no copy"
+    )
 
     def schedules(self, total_steps: int, warmup_steps: int) -> tuple[Schedule, Schedule]:
         """The schedules of learning rate and weight decay."""

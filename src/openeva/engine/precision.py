@@ -1,10 +1,11 @@
 """Reduced precision, loss scaling, and the decision whether a step's gradient is fit to use, all without a device sync.
 
-loss -> backward of the scaled loss -> `finish`: unscale and clip in one pass, `found_inf` on the device -> the fused optimizer
-skips the step where `found_inf` is 1 -> `update` changes the scale.
+loss -> backward of the scaled loss -> `finish`: unscale and clip in one pass, `found_inf` on the device -> the fused
+optimizer skips the step where `found_inf` is 1 -> `update` changes the scale.
 
-Source: spec section 5.4: scale 2^16 at the start, doubled after 500 clean steps, halved on overflow with a hysteresis of 2 that
-growth refills, never below 1. Deliberate difference: weights stay fp32 and autocast is used, instead of casting the model.
+Source: spec section 5.4: scale 2^16 at the start, doubled after 500 clean steps, halved on overflow with a hysteresis
+of 2 that growth refills, never below 1. Deliberate difference: weights stay fp32 and autocast is used, instead
+of casting the model.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -106,6 +107,17 @@ class Precision:
         self.good_in_a_row *= 1 - grow
         self.hysteresis = torch.where(grow > 0, torch.full_like(grow, HYSTERESIS), self.hysteresis)
         self.scale = (self.scale * (1 + grow) * (1 - 0.5 * halve)).clamp(min=1.0)
+
+    def in_bad_streak(self) -> bool:
+        """True where the last step was skipped; waits for the device."""
+        return bool(self.bad_in_a_row.item())
+
+    @torch.no_grad()
+    def rewound(self, bad_steps: Tensor, rewinds: int) -> None:
+        """After a return to a checkpoint: keep the count of skipped steps, start a new streak, lower the loss scale."""
+        self.bad_steps = bad_steps
+        self.bad_in_a_row = torch.zeros_like(self.bad_in_a_row)
+        self.scale = (self.scale / 4.0**rewinds).clamp(min=1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What an exact resume needs."""

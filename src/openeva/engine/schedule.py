@@ -1,7 +1,8 @@
 """Learning-rate and weight-decay schedules, as functions of the optimizer step.
 
-Source: spec section 5.3. Warm-up rises linearly from 0 at step 0 to the base value at step W-1, both included; the decay then
-starts at the base value again and approaches the final value without reaching it (cosine) or reaches it (linear).
+Source: spec section 5.3. Warm-up rises linearly from 0 at step 0 to the base value at step W-1, both included; the
+decay then starts at the base value again and approaches the final value without reaching it (cosine) or reaches it
+(linear).
 """
 
 import math
@@ -31,7 +32,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps <= self.total_steps:
-            raise ValueError(f"warm-up of {self.warmup_steps} steps does not fit into a run of {self.total_steps} steps")
+            raise ValueError(
+                f"warm-up of {self.warmup_steps} steps does not fit into a run of {self.total_steps} steps"
+            )
 
     def at(self, step: int) -> float:
         """The value that step `step` (from 0) uses; the last value after the end of the run."""

@@ -1,7 +1,7 @@
 """Training state on disk: atomic, sharded where the run is sharded, loadable on another number of processes.
 
-`step_00001000/` holds the tensors (torch distributed checkpoint), `rng_<rank>.pt` and `trainer.json`. It is written under a
-temporary name and renamed when every byte is on the disk, so a folder with the right name is always complete.
+`step_00001000/` holds the tensors (torch distributed checkpoint), `rng_<rank>.pt` and `trainer.json`. It is written
+under a temporary name and renamed when every byte is on the disk, so a folder with the right name is always complete.
 """
 
 import json
@@ -9,6 +9,9 @@ import os
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -115,10 +122,16 @@ class Checkpoints:
             self._clean_up()
             temporary.mkdir(parents=True)
         barrier()
-        save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        with _alone_is_fine():
+            save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
         torch.save(_random_state(), temporary / f"rng_{rank}.pt")
         if rank == 0:
-            meta = {"format": 1, "progress": asdict(state.progress), "identity": self.identity, "ema": state.ema is not None}
+            meta = {
+                "format": 1,
+                "progress": asdict(state.progress),
+                "identity": self.identity,
+                "ema": state.ema is not None,
+            }
             (temporary / "trainer.json").write_text(json.dumps(meta, indent=1))
         _flush(temporary)
         barrier()
@@ -136,31 +149,31 @@ class Checkpoints:
             False where there is no checkpoint.
 
         Raises:
-            CheckpointError: It was made with another identity, or has other tensors than this run.
+            CheckpointError: It was made with another identity, has other tensors than this run, or is damaged.
         """
         steps = self.steps()
         if not steps:
             return False
         path = self.path(steps[-1] if step is None else step)
-        meta = json.loads((path / "trainer.json").read_text())
+        with _damage_of(path):
+            meta = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+            found = FileSystemReader(path).read_metadata()
         self._check_identity(meta["identity"], path)
         if state.ema is not None and not meta["ema"]:
             raise CheckpointError(f"{path} has no averaged weights; set optim.ema=null, or start a new run folder")
         tensors = state.tensors()
-        try:
+        _check_tensors(tensors, found, path)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        own, random_state = path / f"rng_{rank}.pt", None
+        with _damage_of(path), _alone_is_fine():
             load_tensors(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
-        except Exception as error:  # DCP wraps what went wrong on any rank into its own exception types
-            raise CheckpointError(
-                f"{path} does not fit this run's model: {_first_line(error)}\n"
-                "Continue with the recipe it was made with (config.yaml beside it), or choose another run.out."
-            ) from error
+            if own.is_file():  # absent where the run now has more processes: those keep their fresh state
+                random_state = torch.load(own, weights_only=True)
         state.set_tensors(tensors)
         for key, value in meta["progress"].items():
             setattr(state.progress, key, value)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        own = path / f"rng_{rank}.pt"
-        if own.is_file():  # absent where the run now has more processes: those keep their fresh state
-            _set_random_state(torch.load(own, weights_only=True))
+        if random_state is not None:
+            _set_random_state(random_state)
         return True
 
     def _check_identity(self, found: dict[str, Any], path: Path) -> None:
@@ -169,7 +182,7 @@ class Checkpoints:
             lines = [f"  {key}: checkpoint {found.get(key)!r}, this run {self.identity[key]!r}" for key in different]
             raise CheckpointError(
                 "\n".join([f"{path} was made with something else than this run uses:", *lines])
-                + "\nUse the same again, or start fresh with another run.out (init_from takes over the backbone's weights)."
+                + "\nUse the same again, or start fresh with another run.out (task.backbone.weights keeps weights)."
             )
 
     def _clean_up(self) -> None:
@@ -222,9 +235,49 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _first_line(error: BaseException) -> str:
-    inner = [str(e).splitlines()[0] for e in getattr(error, "failures", {}).values() if str(e)]
-    return inner[0] if inner else (str(error).splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without torch's warning that a checkpoint of a single process is read or written by a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Whatever fails while a checkpoint's files are read means that they are not what was written."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter, from any process, is no Exception
+        causes = [pair[0] for pair in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = (str(causes[0]).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} is damaged ({type(causes[0]).__name__}: {reason})\n"
+            "Remove this folder to continue from the checkpoint before it."
+        ) from error
+
+
+def _check_tensors(wanted: dict[str, Any], found: Metadata, path: Path) -> None:
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(wanted, found, is_coordinator=True)
+    ours, theirs = planner.state_dict, found.state_dict_metadata
+    differences = [f"only this run has {name}" for name in ours if name not in theirs]
+    # averaged weights that the run does not want any more are left alone
+    differences += [
+        f"only the checkpoint has {n}"
+        for n in theirs
+        if n not in ours and ("ema" in wanted or not n.startswith("ema."))
+    ]
+    for name, value in ours.items():
+        stored = theirs.get(name)
+        if isinstance(value, Tensor) and isinstance(stored, TensorStorageMetadata) and value.shape != stored.size:
+            differences.append(f"{name} is {list(stored.size)} in the checkpoint and {list(value.shape)} in this run")
+    if differences:
+        more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            "\n  ".join([f"{path} does not fit this run's model or optimiser:", *differences[:5]]) + more
+            + "\nContinue with the recipe it was made with (config.yaml in the run's folder) or choose another run.out."
+        )  # fmt: skip
 
 
 def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Where the time of a step goes, without waiting for the device.
 
-`with section("teacher"): ...` anywhere below the loop adds to that name. On CUDA, pairs of events are recorded and read only
-once the device has passed them; on CPUs the clock is read.
+`with section("teacher"): ...` anywhere below the loop adds to that name. On CUDA, pairs of events are recorded and read
+only once the device has passed them; on CPUs the clock is read.
 """
 
 import time
