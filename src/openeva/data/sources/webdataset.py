@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -288,7 +289,7 @@ class WebDatasetStream:
             ValueError: This reader's shards give no sample at all, or a label is not valid.
         """
         from webdataset.filters import shuffle
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         rng = random.Random(f"{seed} {epoch}")
         urls = rng.sample(self._urls, len(self._urls))
@@ -299,7 +300,8 @@ class WebDatasetStream:
         quota, given = len(range(part, self.samples_per_epoch, num_parts)), 0
         while given < quota:
             errors: list[str] = []
-            raw = tarfile_samples(({"url": url} for url in mine), handler=partial(_left, errors=errors))
+            left = partial(_left, errors=errors)
+            raw = group_by_keys(tar_file_expander(_open_each(mine, left), handler=left), handler=left)
             before = given
             for sample in mixing(self._samples(islice(raw, place, None, readers), errors)):
                 yield sample
@@ -320,6 +322,28 @@ class WebDatasetStream:
                 yield _make_sample(name, keys, files.__getitem__, self._config)
             except OSError as error:
                 _left(error, errors)
+
+
+def _open_each(urls: Sequence[str], left: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The library's `url_opener`, which leaves the closing to the garbage collector."""
+    from webdataset.gopen import gopen, set_options
+
+    for url in urls:
+        try:
+            stream = gopen(url)
+        except Exception as error:
+            left(error)
+            continue
+        # a command that still writes when we stop reading: the shell reports 141 for it, a lone command is ended by the
+        # signal itself; 23 is curl's word for the same
+        set_options(stream, ignore_status=[0, 23, 141, -signal.SIGPIPE])
+        try:
+            yield {"url": url, "stream": stream}
+        finally:
+            try:
+                stream.close()
+            except OSError as error:
+                left(error)
 
 
 def _left(error: Exception, errors: list[str]) -> bool:
