@@ -286,7 +286,7 @@ def _load(config: Config) -> tuple[nn.Module, Normalisation, str]:
     path = fetch(
         lambda: Path(open_clip.download_pretrained(tag)),
         f"open_clip model {name}/{pretrained}",
-        f"download the file elsewhere ({tag.get('url') or 'https://huggingface.co/' + tag['hf_hub'].rstrip('/')}) "
+        f"download the file elsewhere ({tag.get('url') or 'hf-hub:' + tag.get('hf_hub', '')}) "
         "and set `pretrained: /path/to/file` here",
     )
     tower = _load_file(name, path, quick_gelu=tag.get("quick_gelu", False))
