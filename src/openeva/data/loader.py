@@ -21,6 +21,7 @@ Source: as in the official reader, a broken file is replaced by a random other s
 import os
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -272,8 +273,16 @@ class _StreamBatches(IterableDataset[Batch]):
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and batch systems signal every process; workers that died of it would fail the run before it can save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_run_says, daemon=True).start()
+
+
+def _end_when_the_run_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Loader:
