@@ -100,12 +100,13 @@ def _training_console() -> Console | None:
     return stdout() if int(os.environ.get("RANK", "0")) == 0 else None
 
 
-def _show_version(value: bool) -> None:
+def _show_version(value: bool) -> bool:
     if value:
         from openeva import __version__
 
         say(f"openeva {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()

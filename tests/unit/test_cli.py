@@ -1,0 +1,273 @@
+"""The command line as a user meets it: what is printed where, and with which exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from openeva import __version__, doctor, train
+from openeva.backbones.vit import VARIANTS
+from openeva.cli import app
+from openeva.config import find_recipe, list_recipes, load_config
+from openeva.registry import FOLDERS, component_names
+from openeva.train import Recipe, RunResult
+
+COMMANDS = ("demo", "train", "evaluate", "report", "convert", "config", "list", "data", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENEVA_DEBUG", raising=False)
+    monkeypatch.setenv("OPENEVA_CACHE", str(tmp_path / "cache"))
+
+
+def openeva(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def folder_of_images(folder: Path, number: int = 6) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for index in range(number):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A run of two steps."""
+    folder_of_images(tmp_path / "images")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        f"""
+task:
+  name: pretrain
+  backbone: {{name: vit, image_size: 32, patch_size: 8, width: 16, depth: 1, num_heads: 2, mlp_hidden: 32}}
+  target:
+    name: features
+    teacher: {{name: timm, model: resnet10t, weights: random, layer: 0, image_size: 32}}
+  masking: {{name: block, num_masked: 6, min_block: 2}}
+data:
+  train: [{{name: image_folder, roots: {tmp_path / "images"}}}]
+  num_workers: 0
+optim: {{warmup: 0 steps}}
+run: {{out: {tmp_path / "run"}, length: 2 steps, batch_size: 2, device: cpu}}
+"""
+    )
+    return file
+
+
+# ---------------------------------------------------------------------------------------------- help, version, errors
+
+
+def test_help_names_every_command() -> None:
+    result = openeva("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+def test_it_can_be_started_as_a_module_which_torchrun_needs() -> None:
+    done = subprocess.run([sys.executable, "-m", "openeva", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"openeva {__version__}\n"
+
+
+def test_mistakes_in_a_recipe_are_one_message_without_traceback() -> None:
+    result = openeva(
+        "train", "pretrain/demo", "run.lenght=1 steps", "task.backbone.width=wide", "data.train.0.name=elbv"
+    )
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "3 problems in demo" in result.stderr
+    for part in ("run.lenght", "'length'", "task.backbone.width", "data.train.0", "'elpv'"):
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(openeva("--debug", "config", "nowhere").exception).__name__ == "ConfigError"
+    monkeypatch.setenv("OPENEVA_DEBUG", "1")
+    assert type(openeva("config", "nowhere").exception).__name__ == "ConfigError"
+
+
+def test_data_that_are_not_there_are_an_error_before_training(recipe: Path) -> None:
+    result = openeva("train", recipe, "--dry-run", "data.train.0.roots=/no/such/folder")
+    assert result.exit_code == 2
+    assert "/no/such/folder does not exist" in result.stderr
+
+
+def test_a_defect_of_ours_is_not_hidden(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> RunResult:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(train, "train", broken)
+    assert isinstance(openeva("train", recipe).exception, KeyError)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert openeva("evaluate", tmp_path / "none").exit_code == 2
+    result = openeva("evaluate", tmp_path)
+    assert result.exit_code == 2
+    assert "not the folder of a run" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+
+def test_train_does_the_run_and_says_what_to_look_at(recipe: Path, tmp_path: Path) -> None:
+    result = openeva("train", recipe, "run.length=3 steps")
+    assert result.exit_code == 0, result.output
+    assert "finished after step 3" in result.stdout
+    assert f"openeva report {tmp_path / 'run'}" in result.stdout
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:
+    result = openeva("train", recipe, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "parameters learn" in result.stdout
+    assert "2 steps in all" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_by_a_signal_exits_with_0_and_says_how_to_continue(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "train", lambda *_, **__: RunResult("stopped", Path("run"), 1, 2))
+    monkeypatch.setattr(sys, "argv", ["openeva", "train", "my recipe.yaml"])
+    result = openeva("train", recipe)
+    assert result.exit_code == 0
+    assert "stopped after step 1 of 2" in result.stdout
+    assert "openeva train 'my recipe.yaml'" in result.stdout
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_continue(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> RunResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["openeva", "train", "tiny.yaml", "run.seed=1"])
+    result = openeva("train", recipe)
+    assert result.exit_code == 130
+    assert "openeva train tiny.yaml run.seed=1" in result.stderr
+
+
+def test_demo_restart_moves_what_is_there_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+    monkeypatch.setattr("openeva.demo.run_demo", lambda out, **_: done.append(out))
+    for number in (1, 2):
+        (tmp_path / "runs" / "demo-fast").mkdir(parents=True)
+        (tmp_path / "runs" / "demo-fast" / f"precious{number}").touch()
+        assert openeva("demo", "--fast", "--restart").exit_code == 0
+    assert done == [Path("runs/demo-fast")] * 2
+    assert sorted(path.name for path in (tmp_path / "runs").rglob("precious*")) == ["precious1", "precious2"]
+
+
+# ---------------------------------------------------------------------------------------------- config, list
+
+
+def test_config_prints_a_recipe_that_can_be_used_as_it_is(tmp_path: Path) -> None:
+    result = openeva("config", "pretrain/demo", "run.seed=3", "optim.lr=1e-4")
+    assert result.exit_code == 0
+    (tmp_path / "mine.yaml").write_text(result.stdout)
+    assert load_config(Recipe, "mine.yaml") == load_config(Recipe, "pretrain/demo", ["run.seed=3", "optim.lr=1e-4"])
+
+
+def test_list_shows_every_recipe_variant_and_component() -> None:
+    result = openeva("list")
+    assert result.exit_code == 0
+    components = [name for kind in FOLDERS for name in component_names(kind)]
+    for name in [*list_recipes(), *VARIANTS, *components]:
+        assert name in result.stdout
+    assert "1,011," in result.stdout, "parameters of eva_g_14"
+    title = find_recipe("pretrain/demo").read_text().partition("\n")[0].removeprefix("# ")
+    assert title in result.stdout.replace("\n", " ")
+
+
+def test_list_can_be_narrowed() -> None:
+    result = openeva("list", "--recipes")
+    assert "pretrain/demo" in result.stdout
+    assert "eva_g_14 " not in result.stdout
+    assert "image_folder" not in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_looks_at_machine_data_weights_and_output(recipe: Path) -> None:
+    result = openeva("doctor", recipe)
+    assert result.exit_code == 0, result.output
+    for part in (torch.__version__, sys.executable, "6 samples", "40 x 40 pixels", "random", "can be written to"):
+        assert part in result.stdout
+
+
+def test_doctor_fails_where_something_required_is_missing(recipe: Path) -> None:
+    missing = ["data.train.0.roots=/no/such/folder", "task.target.teacher.weights=/no/such/file.pt"]
+    result = openeva("doctor", recipe, *missing, "run.device=cuda:7")
+    assert result.exit_code == 1
+    failed = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("fail")}
+    assert {"data.train.0", "weights"} <= failed
+    assert torch.cuda.is_available() or "device" in failed
+
+
+def test_doctor_reports_a_recipe_that_is_not_valid(recipe: Path) -> None:
+    result = openeva("doctor", recipe, "run.batch_size=0", "run.lenght=3")
+    assert result.exit_code == 1
+    assert result.stdout.count("fail recipe ") == 2
+
+
+def test_doctor_names_missing_and_outdated_packages_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["numpy>=999", "no-such-package>=1", "also-missing; extra == 'fancy'", "pytest; extra == 'there'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: texts)
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "metadata", lambda _: type("M", (), {"get_all": lambda *_: ["fancy", "there"]})()
+    )
+    checks = {(check.name, check.status): check.detail for check in doctor.check_machine()}
+    assert "no-such-package is missing" in checks["packages", "fail"]
+    assert "needed >=999" in checks["packages", "fail"]
+    assert "pip install 'openeva[fancy]'" in checks["extra", "note"]
+    assert checks["extra", "ok"] == "there: installed"
+
+
+# ---------------------------------------------------------------------------------------------- convert, data
+
+
+def test_convert_accounts_for_the_tensors_and_writes_the_layout(recipe: Path, tmp_path: Path) -> None:
+    assert openeva("train", recipe, "run.length=1 steps").exit_code == 0
+    result = openeva("convert", tmp_path / "run" / "model", tmp_path / "official.pt", "--to", "official")
+    assert result.exit_code == 0, result.output
+    assert f"written: {tmp_path / 'official.pt'}" in result.stdout
+    state_dict = torch.load(tmp_path / "official.pt", weights_only=True)["model"]
+    assert "lm_head.weight" in state_dict
+    assert "mask_token" in state_dict
+
+
+def test_convert_refuses_a_file_that_holds_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "odd.pt").write_text("no weights")
+    result = openeva("convert", "odd.pt", "out.pt", "--to", "timm")
+    assert result.exit_code == 2
+    assert "odd.pt" in result.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_data_index_indexes_a_folder_for_later_runs(tmp_path: Path) -> None:
+    folder_of_images(tmp_path / "images", 5)
+    result = openeva("data", "index", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    assert "5 images" in result.stdout
+    assert list((tmp_path / "cache").iterdir())
+    assert openeva("data", "index", tmp_path / "nothing").exit_code == 2
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    """`openeva list | head -1` ends without a message."""
+    done = subprocess.run(
+        f"{sys.executable} -m openeva list --recipes | true", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""
