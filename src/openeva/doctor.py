@@ -155,7 +155,9 @@ def check_recipe(recipe: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
     for path, component in _components(config.task, "task"):
         address = getattr(component, "weights", None) or getattr(component, "pretrained", None)
         if isinstance(address, str) or hasattr(component, "hub_repository"):
-            yield _tried("weights", f"{path}: {address or component.name}", partial(_look_at_weights, component, address))
+            yield _tried(
+                "weights", f"{path}: {address or component.name}", partial(_look_at_weights, component, address)
+            )
     yield _tried("output", str(config.run.out), lambda: _look_at_output(config.run.out))
 
 
