@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from rich.console import Console
 
@@ -28,7 +27,7 @@ from openeva.engine.log import Record, RunLog, counting
 from openeva.engine.loop import LoopConfig, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
-from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors
+from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 from openeva.tasks.base import Task
 
 
@@ -38,7 +37,9 @@ class RunConfig(Config):
     out: Path = Field(description="the run's folder; the same folder continues the run")
     length: Duration = Field(description="of the whole run, as in '150 epochs'")
     batch_size: int = Field(gt=0, description="samples per optimizer step, over all processes")
-    micro_batch: int | None = Field(None, gt=0, description="samples per forward pass and process; the rest is accumulated")
+    micro_batch: int | None = Field(
+        None, gt=0, description="samples per forward pass and process; the rest is accumulated"
+    )
     seed: int = 0
     device: str = "auto"
     precision: PrecisionName = "auto"
@@ -87,10 +88,10 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
     world = distributed.start(run.device)
     try:
         split_batch(run, world)  # before anything is built
-        torch.manual_seed(run.seed)
+        seed_everything(run.seed)
         train_data, val_data = recipe.data.open()
         task: Task = recipe.task.build().to(world.device)
-        torch.manual_seed(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
+        seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
         held_out = held_out_loaders(recipe, task, train_data, val_data, world)
         lengths = _Lengths(recipe, loader.steps_per_epoch)
@@ -112,19 +113,19 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         checkpoints = Checkpoints(
             run.out / "checkpoints", task.identity(), keep_last=run.keep_last, keep_every=lengths.steps(run.keep_every)
         )
-        resumed = checkpoints.load(state)
-        if world.is_main:
-            _write_run_files(recipe, world)
         evals = [config.build() for config in recipe.evals]
+        loop = loop_config(recipe, task, lengths, precision, world)
         with RunLog(
             run.out, active=world.is_main, total_steps=lengths.total, console=console, wandb_project=run.wandb,
             config=recipe.model_dump(mode="json"),
         ) as log:  # fmt: skip
+            resumed = checkpoints.load(state)  # last: whatever comes between this and the loop may use chance
+            if world.is_main:
+                _write_run_files(recipe, world)
             if resumed:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
             status = run_loop(
-                task, loader, state, loop_config(recipe, task, lengths, precision, world), world=world,
-                checkpoints=checkpoints, log=log,
+                task, loader, state, loop, world=world, checkpoints=checkpoints, log=log,
                 evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema),
             )  # fmt: skip
             log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})

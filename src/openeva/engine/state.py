@@ -198,6 +198,13 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, Python and NumPy of this process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
