@@ -16,7 +16,7 @@ from openeva.engine.log import Record
 
 WIDTH, HEIGHT = 360, 190
 """Units of the drawing; about the pixels of a phone, so that text keeps its size there."""
-LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
 MAX_POINTS = 400
 """Longer series are drawn as means of as many equal parts."""
 
@@ -60,7 +60,7 @@ def line_chart(title: str, lines: Sequence[Series], *, log_scale: bool = False, 
         points = [(x_axis.at(x), y_axis.at(y)) for x, y in _thinned(line.points)]
         body += _line(points, number, dots=line.dots or len(points) == 1)
     legend = "".join(
-        legend_key(number, line.name, number_text(line.points[-1][1])) for number, line in enumerate(drawn)
+        legend_key(number, line.name, number_text(line.points[-1][1])) for number, line in enumerate(drawn) if line.name
     )
     caption = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return (
@@ -77,14 +77,26 @@ def legend_key(number: int, name: str, value: str) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number in at most five characters or so: 1.2k, 0.653, 3.4e-05."""
+    """A number in about five characters: 12.3k, 0.653, 3.4e−5."""
     size = abs(value)
     if size >= 1e4:
         power, letter = next((p, s) for p, s in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= p)
-        return f"{value / power:.3g}{letter}"
-    if size >= 1e-3 or size == 0:
-        return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
-    return f"{value:.2g}"
+        text = f"{value / power:.3g}{letter}"
+    elif size >= 1e-2 or size == 0:
+        text = f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+    else:
+        digits, power_of_ten = f"{value:.1e}".split("e")
+        text = f"{float(digits):g}e{int(power_of_ten)}"
+    return text.replace("-", "−")
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Numbers along an axis, with the same digits after the point where that is how they are written."""
+    texts = [number_text(tick) for tick in ticks]
+    if any(not text.strip("−").replace(".", "").isdecimal() for text in texts):
+        return texts
+    digits = max((len(text.partition(".")[2]) for text in texts), default=0)
+    return [f"{tick:.{digits}f}".replace("-", "−") for tick in ticks]
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,11 @@ def _vertical_axis(values: list[float], log_scale: bool) -> _Axis:
 
 def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     parts = []
-    for tick in y_axis.ticks(4):
+    y_ticks = y_axis.ticks(6)
+    for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
         y = y_axis.at(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number_text(tick)}</text>')
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
     ticks = x_axis.ticks(5)
     for tick in ticks:
         anchor = "start" if tick == 0 else "end" if tick == x_axis.high else "middle"

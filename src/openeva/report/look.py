@@ -215,7 +215,9 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
     target = getattr(config, "target", None)
     if isinstance(target, ComponentConfig) and "cache" in type(target).model_fields:
         config = config.model_copy(update={"target": target.model_copy(update={"cache": False})})
-    task = config.build()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)  # as the run did: a teacher may have random weights
+        task = config.build()
     if not isinstance(task, PretrainTask):
         raise NoPicturesError(f"its task {config.name!r} does not predict patches")
     if exported.is_dir():

@@ -159,7 +159,7 @@ def _key_numbers(facts: Facts, look: Look | None) -> Iterable[tuple[str, str]]:
     if facts.training:
         yield "images seen", number_text(facts.training[-1]["samples"])
         yield "training time", duration(facts.seconds)
-        yield "images per second", number_text(facts.training[-1]["samples"] / max(facts.seconds, 1e-9))
+        yield "images/s", number_text(facts.training[-1]["samples"] / max(facts.seconds, 1e-9))
     if look is not None:
         yield "parameters", number_text(look.num_parameters)
     if facts.num_broken:
@@ -175,11 +175,9 @@ def _in_words(facts: Facts, look: Look | None) -> str:
     if not facts.training:
         return " ".join([*sentences, "The run has not logged a step yet."])
     last = facts.training[-1]
-    epochs = (
-        f", {last['samples'] / look.num_train:.3g} times through the {look.num_train:,} images"
-        if look and look.num_train
-        else ""
-    )
+    epochs = ""
+    if look is not None and look.num_train:
+        epochs = f" ({last['samples'] / look.num_train:.3g} times through the {look.num_train:,} images)"
     on = f" on {facts.environment['device']}" if "device" in facts.environment else ""
     verb = "took" if facts.finished else "have taken so far"
     sentences.append(
@@ -204,6 +202,18 @@ def _student(facts: Facts, look: Look | None) -> str:
     backbone: Any = getattr(facts.recipe.task, "backbone", None)
     name = str(getattr(backbone, "variant", None) or getattr(backbone, "name", "model"))
     return size + {"vit": "vision transformer"}.get(name, name)
+
+
+def _dimensions(backbone: Any) -> str:
+    sizes = {
+        "layers": getattr(backbone, "depth", None),
+        "wide": getattr(backbone, "width", None),
+        "pixels": getattr(backbone, "image_size", None),
+    }
+    patch = getattr(backbone, "patch_size", None)
+    return ", ".join(f"{size} {name}" for name, size in sizes.items() if size) + (
+        f" in patches of {patch}" if patch else ""
+    )
 
 
 def _results(facts: Facts) -> str:
@@ -232,9 +242,9 @@ def _pictures(look: Look) -> str:
     labels = f" ✓ marks the query's label: {same[0]} of {same[1]} agree." if same else ""
     predicted = (
         f"{len(look.shown)} {kind} images through {look.source}. Grey patches are hidden from the student. The cosine"
-        " says how well its prediction at a hidden patch agrees with what the teacher sees there. The last three pictures"
+        " says how well its prediction at a hidden patch agrees with what the teacher sees there. The last three tiles"
         " show features as colours: similar colours are similar features. Teacher and prediction share one palette; the"
-        " student's own features, the whole image visible, have theirs."
+        " student's own features, the whole image visible, have another, turned to resemble it."
     )
     nearest = (
         f"Each query with the images that the student finds most similar among {look.num_gallery:,} training images, by"
@@ -329,7 +339,9 @@ def _what_was_run(facts: Facts, look: Look | None) -> str:
     ]
     optim = recipe.optim
     rows = {
-        "student": _student(facts, look),
+        "student": ": ".join(
+            filter(None, [_student(facts, look), _dimensions(getattr(recipe.task, "backbone", None))])
+        ),
         "teacher": facts.identity.get("target", getattr(target, "name", "")),
         "data": "; ".join(filter(None, [", ".join(source.name for source in recipe.data.train), counts])),
         "training": f"{recipe.run.length}, batches of {recipe.run.batch_size}, learning rate {optim.lr:g}"
@@ -359,9 +371,9 @@ def duration(seconds: float) -> str:
     """A length of time in its two largest units."""
     units: Sequence[tuple[str, float]] = (("d", 86400), ("h", 3600), ("min", 60))
     for (name, length), (smaller, part) in zip(units, [*units[1:], ("s", 1.0)], strict=True):
-        if seconds >= length:
-            rest = round((seconds % length) / part)
-            return f"{int(seconds // length)} {name}" + (f" {rest} {smaller}" if rest else "")
+        whole, rest = divmod(round(seconds / part), round(length / part))
+        if whole:
+            return f"{whole} {name}" + (f" {rest} {smaller}" if rest else "")
     return f"{seconds:.3g} s"
 
 

@@ -24,7 +24,7 @@ COLOUR_MAP = "viridis"
 
 def predictions(look: Look) -> str:
     """One row of tiles per image: input, what the student saw, cosines, target, prediction, features."""
-    names = ["image", "student sees", "cosine", "teacher", "prediction", "student"]
+    names = ["image", "student sees", "cosine", "teacher features", "prediction", "student features"]
     rows = []
     for shown in look.shown:
         tiles = [
@@ -32,7 +32,7 @@ def predictions(look: Look) -> str:
             photo(masked(shown.image, shown.mask), "image with hidden patches"),
             photo(heat_map(shown), "cosine at hidden patches"),
             patches(shown.target, "main components of the teacher's features"),
-            patches(shown.prediction, "main components of the prediction"),
+            patches(shown.prediction, "main components of the prediction at hidden patches", shown.mask),
             patches(shown.features, "main components of the student's features"),
         ]
         figures = "".join(tile(image, name) for image, name in zip(tiles, names, strict=True))
@@ -51,7 +51,7 @@ def neighbours(look: Look) -> str:
         tiles = tile(photo(shown.image, "query"), "query", "query")
         for number, found in enumerate(shown.neighbours, start=1):
             mark = {None: "", True: " ✓", False: " ✗"}[found.same_label]
-            tiles += tile(photo(found.image, f"neighbour {number}"), f"{found.cosine:.2f}{mark}")
+            tiles += tile(photo(found.image, f"neighbour {number}"), f"{found.cosine:.3f}{mark}")
         rows.append(f'<div class="row"><div class="grid six">{tiles}</div></div>')
     return "".join(rows)
 
@@ -139,9 +139,12 @@ def photo(image: Pixels, text: str) -> str:
     return _embedded(picture, "jpeg", text)
 
 
-def patches(colours: Colours, text: str) -> str:
-    """An `<img>` with a pixel per patch, which the browser enlarges."""
-    return _embedded(Image.fromarray((colours * 255).round().astype(np.uint8)), "png", text, "patches")
+def patches(colours: Colours, text: str, opaque: NDArray[np.bool_] | None = None) -> str:
+    """An `<img>` with a pixel per patch, which the browser enlarges; transparent where `opaque` is false."""
+    pixels = (colours * 255).round().astype(np.uint8)
+    if opaque is not None:
+        pixels = np.concatenate([pixels, opaque[..., None].astype(np.uint8) * 255], axis=2)
+    return _embedded(Image.fromarray(pixels), "png", text, "patches")
 
 
 def _embedded(picture: Image.Image, kind: str, text: str, style: str = "") -> str:

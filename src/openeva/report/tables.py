@@ -115,17 +115,16 @@ def read_results(run: Path) -> list[Table]:
 def print_tables(tables: Iterable[Table], console: Console) -> None:
     """Show tables on a console."""
     for table in tables:
-        shown = RichTable(
-            title=table.title, title_justify="left", title_style="bold", caption=table.note or None,
-            caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-        )  # fmt: skip
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         shown.add_column("")
         for column in table.columns:
             shown.add_column(column, justify="right")
         for row in table.rows:
             cells = [Text(text, style="bold" if best else "") for text, best in row.cells(table.digits)]
             shown.add_row(Text(row.name), *cells)
-        console.print(shown)
+        console.print(
+            Text(table.title, style="bold"), shown, Text(f"{table.note}\n" if table.note else "", style="dim")
+        )
 
 
 def _write_text(path: Path, text: str) -> None:
