@@ -206,7 +206,7 @@ def test_half_written_index_is_rebuilt(tmp_path: Path, caplog: pytest.LogCapture
     build(tmp_path)
     path = index_path([tmp_path], IMAGE_EXTENSIONS)
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[: len(whole) // 2], b"", bytes(len(whole))):
+    for damaged in (whole[:-1], whole[: len(whole) // 2], b"", bytes(len(whole)), whole[:-1] + b"?"):
         path.write_bytes(damaged)
         caplog.clear()
         assert contents(build(tmp_path)) == ["1.jpg", "2.jpg"]
