@@ -44,6 +44,13 @@ def test_max_block_limits_each_rectangle():
     assert (covered == mask).all()
 
 
+def test_no_block_spans_the_whole_grid():
+    """As officially: a block must be narrower and lower than the grid, else the try counts as failed."""
+    config = BlockMasking(num_masked=4, min_block=4, aspect=(0.25, 0.25))  # 1 x 4 patches
+    assert config.build((4, 4))(random.Random(0)).sum() == 0
+    assert config.build((4, 5))(random.Random(0)).sum() == 4
+
+
 @settings(deadline=None)
 @given(grid=grids, ratio=st.floats(0.01, 0.99), seed=st.integers())
 def test_random_mask_leaves_the_same_number_visible(grid, ratio, seed):
