@@ -21,9 +21,11 @@ from openeva.train import Recipe, RunResult, train
 PROCESSES = multiprocessing.get_context("forkserver")
 """A process from here starts with everything imported and nothing run."""
 PROCESSES.set_forkserver_preload(
-    ["openeva.train", "openeva.tasks.pretrain", "openeva.targets.features", "openeva.backbones.vit", "openeva.backbones.timm",
-     "openeva.data.sources.scenes", "torch.utils.tensorboard.writer", "torch.distributed.checkpoint.format_utils"]
-)  # fmt: skip
+    [
+        *("openeva.train", "openeva.tasks.pretrain", "openeva.targets.features", "openeva.backbones.vit"),
+        *("openeva.data.sources.scenes", "torch.utils.tensorboard.writer", "torch.distributed.checkpoint.format_utils"),
+    ]
+)
 
 STUDENT = {
     "name": "vit", "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "mlp_hidden": 64,

@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -68,17 +69,10 @@ def memory_gib(device: torch.device) -> float:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, for `environment.json` and benchmark results."""
-    import timm
-    import torchvision
-
-    from openeva import __version__
-
+    packages = ("openeva", "torch", "torchvision", "timm")
     return {
-        "openeva": __version__,
+        **{name: version(name) for name in packages},  # from their metadata: importing timm takes seconds
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,113 @@
+"""Two processes are one process with twice the accumulation, and read each other's checkpoints."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from e2e.toy import checkpoint, copy_until, join, recipe, start, train_here, train_in_processes
+from openeva.engine.log import read_log
+from openeva.tasks.pretrain import PretrainTask
+from openeva.train import Recipe
+
+ALIKE = ("loss", "grad_norm", "held_out_loss", "ema_held_out_loss", "skipped_steps")
+
+
+def made(out: Path, *changes: str) -> Recipe:
+    """Two micro-batches of 4; the clipping is at work; 15 held-out images, which two processes share unevenly."""
+    return recipe(
+        out, "run.micro_batch=4", "optim.clip_grad=0.3", "data.train.0.num_images=63", "data.holdout=0.24", *changes
+    )
+
+
+def numbers(out: Path) -> dict[tuple[int, str], float]:
+    return {(record["step"], key): record[key] for record in read_log(out) for key in ALIKE if key in record}
+
+
+def assert_same(actual: Path, expected: Path, after_step: int = 0) -> None:
+    expected_numbers = {key: value for key, value in numbers(expected).items() if key[0] > after_step}
+    assert len(expected_numbers) >= 3 * (10 - after_step)
+    assert numbers(actual) == pytest.approx(expected_numbers, abs=1e-6, rel=1e-5)
+    errors = {key: abs(numbers(actual)[key] - value) for key, value in expected_numbers.items() if "loss" in key[1]}
+    assert max(errors.values()) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = train_in_processes(made(tmp_path_factory.mktemp("alone")), 1)
+    assert all(record["grad_norm"] > 0.3 for record in read_log(out) if "loss" in record)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in_processes(made(tmp_path_factory.mktemp("sharded"), "run.strategy=fsdp"), 2)
+
+
+def test_two_replicated_processes(alone: Path, tmp_path: Path) -> None:
+    assert_same(train_in_processes(made(tmp_path, "run.strategy=ddp"), 2), alone)
+
+
+def test_two_sharded_processes(alone: Path, sharded: Path) -> None:
+    assert_same(sharded, alone)
+    assert len(list((sharded / "checkpoints/step_00000010").glob("*.distcp"))) == 2
+    one, two = checkpoint(alone, 10), checkpoint(sharded, 10)
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor) and not key.startswith("rng"):
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_continued_on_another_number_of_processes(size: int, alone: Path, sharded: Path, tmp_path: Path) -> None:
+    copy_until(sharded if size == 1 else alone, 5, tmp_path)
+    assert_same(train_in_processes(made(tmp_path, "run.strategy=fsdp"), size), alone, after_step=5)
+
+
+def train_with_a_bad_step(content: dict[str, Any]) -> None:
+    """One process sees a loss that is not a number in its third step."""
+    forward, calls = PretrainTask.forward, [0]
+
+    def bad_forward(self: PretrainTask, batch: dict[str, Any]) -> Any:
+        loss, scalars = forward(self, batch)
+        calls[0] += self.training
+        accumulation = 2 // int(os.environ["WORLD_SIZE"])
+        third_step = self.training and (calls[0] - 1) // accumulation == 2
+        return loss * (float("nan") if third_step and os.environ["RANK"] == "0" else 1.0), scalars
+
+    PretrainTask.forward = bad_forward  # type: ignore[method-assign]
+    train_here(content)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_that_is_bad_in_one_process_is_skipped_in_both(strategy: str, tmp_path: Path) -> None:
+    changes = ("run.evaluate_every=0 steps", "run.length=5 steps")
+    one = train_in_processes(made(tmp_path / "one", *changes), 1, train_with_a_bad_step)
+    two = train_in_processes(made(tmp_path / "two", *changes, f"run.strategy={strategy}"), 2, train_with_a_bad_step)
+    skipped = [[record["skipped_steps"] for record in read_log(out)] for out in (one, two)]
+    assert skipped == [[0, 0, 1, 1, 1]] * 2
+    losses = [[record["loss"] for record in read_log(out) if record["loss"] is not None] for out in (one, two)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert checkpoint(two, 5)["optimizer.state.backbone.cls_token.step"].item() == 4
+
+
+def train_until_stopped(content: dict[str, Any]) -> None:
+    train_here(content, expect="stopped")
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    endless = made(tmp_path, "run.length=100000 steps", "run.evaluate_every=0 steps", "run.save_every=0 steps")
+    processes = start(train_until_stopped, endless.model_dump(mode="json"), size=2, errors=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log.jsonl").is_file() or not read_log(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    join(processes, tmp_path)
+    (step,) = [int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").iterdir()]
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*/rng_*")} == {"rng_0.pt", "rng_1.pt"}
+    assert read_log(tmp_path)[-1]["step"] == step
