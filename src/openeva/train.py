@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from openeva.checkpoints.load import LoadReport
@@ -63,6 +63,16 @@ class Recipe(Config):
     optim: OptimConfig = OptimConfig()
     run: RunConfig
     evals: list[Eval] = Field([], description="measured every run.evaluate_every beside the task's own held-out loss")
+
+    @model_validator(mode="after")
+    def _cache_needs_fixed_crops(self) -> "Recipe":
+        target = getattr(self.task, "target", None)
+        if getattr(target, "cache", False) and (self.data.crop.kind != "center" or self.data.crop.color_jitter):
+            raise ValueError(
+                "task.target.cache keeps the features of fixed crops: set data.crop.kind=center and no color_jitter, or"
+                " task.target.cache=false"
+            )
+        return self
 
 
 @dataclass(frozen=True)
