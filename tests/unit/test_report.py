@@ -157,7 +157,16 @@ def _move_data(run: Path) -> str:
     return str(run / "gone")
 
 
-@pytest.mark.parametrize("take_away", [_remove_weights, _move_data])
+def _break_images(run: Path) -> str:
+    images = run / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.jpg").write_bytes(b"nothing")
+    change_recipe(run, "data", val=[{"name": "image_folder", "roots": [str(images)]}])
+    return "reads failed"
+
+
+@pytest.mark.parametrize("take_away", [_remove_weights, _move_data, _break_images])
 def test_without_pictures_the_rest_is_shown_with_the_reason(run: Path, take_away) -> None:
     reason = take_away(run)
     page = report(run)
@@ -181,6 +190,11 @@ def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not the folder of a run.*config\.yaml"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_at_least_one_image(run: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        write_report(run, num_images=0)
 
 
 def test_a_damaged_file_is_named(run: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from openeva.checkpoints.files import write_atomically
 from openeva.config import ConfigError
+from openeva.data.loader import TooManyBrokenError
 from openeva.report.look import Look, Progress, look
 from openeva.report.page import Facts, page, read_facts
 from openeva.report.tables import Row, Table, Value, print_tables, read_results, write_results
@@ -26,7 +27,7 @@ def write_report(run: Path, *, num_images: int = 6, progress: Progress | None = 
 
     Args:
         run: The run's folder.
-        num_images: Images shown in full.
+        num_images: Images shown in full, at least 1.
         progress: Called with the number of images looked at so far and in all.
 
     Returns:
@@ -34,8 +35,10 @@ def write_report(run: Path, *, num_images: int = 6, progress: Progress | None = 
 
     Raises:
         ConfigError: Not a run folder, or one of an incompatible version.
-        ValueError: A file in it is damaged.
+        ValueError: A file in it is damaged, or `num_images` is less than 1.
     """
+    if num_images < 1:
+        raise ValueError(f"num_images is the number of images shown, at least 1, not {num_images}")
     facts = read_facts(run)
     found, reason = _look_or_reason(facts, num_images, progress)
     text = page(facts, found, reason)
@@ -47,7 +50,7 @@ def write_report(run: Path, *, num_images: int = 6, progress: Progress | None = 
 def _look_or_reason(facts: Facts, num_images: int, progress: Progress | None) -> tuple[Look | None, str]:
     try:
         return look(facts.run, facts.recipe, num_images=num_images, num_worst=NUM_WORST, progress=progress), ""
-    except (ConfigError, ValueError, OSError, ImportError) as error:
+    except (ConfigError, ValueError, OSError, ImportError, TooManyBrokenError) as error:
         return None, str(error)
 
 

@@ -169,9 +169,9 @@ def _key_numbers(facts: Facts, look: Look | None) -> Iterable[tuple[str, str]]:
 def _in_words(facts: Facts, look: Look | None) -> str:
     """A paragraph for someone who has not seen the recipe."""
     student = _student(facts, look)
-    sentences = [f"A {student} learns to predict what a frozen teacher sees at patches that are hidden from it."]
-    if facts.recipe.task.name != "pretrain":
-        sentences = [f"Task: {facts.recipe.task.name}."]
+    sentences = [f"A {student} learns the task {facts.recipe.task.name}."]
+    if facts.predicts_features:
+        sentences = [f"A {student} learns to predict what a frozen teacher sees at patches that are hidden from it."]
     if not facts.training:
         return " ".join([*sentences, "The run has not logged a step yet."])
     last = facts.training[-1]
@@ -240,6 +240,7 @@ def _pictures(look: Look) -> str:
     fifth, mean = np.percentile(look.cosines, 5), look.cosines.mean()
     same = pictures.share_of_same_labels(look.shown)
     labels = f" ✓ marks the query's label: {same[0]} of {same[1]} agree." if same else ""
+    others = "held-out" if look.num_train is None else "training"
     predicted = (
         f"{len(look.shown)} {kind} images through {look.source}. Grey patches are hidden from the student. The cosine"
         " says how well its prediction at a hidden patch agrees with what the teacher sees there. The last three tiles"
@@ -247,7 +248,7 @@ def _pictures(look: Look) -> str:
         " student's own features, the whole image visible, have another, turned to resemble it."
     )
     nearest = (
-        f"Each query with the images that the student finds most similar among {look.num_gallery:,} training images, by"
+        f"Each query with the images that the student finds most similar among {look.num_gallery:,} {others} images, by"
         f" cosine of its pooled features.{labels}"
     )
     worst = (
