@@ -1,8 +1,8 @@
-"""Pre-training steps at real sizes on a GPU: images/s, utilisation, peak memory, and the ratio to a step written the official way.
+"""Pre-training steps at real sizes on a GPU: images/s, utilisation, peak memory, ratio to a step in the official way.
 
-First the device's own ceilings (matrix products, copies), then EVA-g/14 with a CLIP-L/14 teacher, EVA-L/14 and EVA-B/16: eager and
-compiled, synthetic batches that already lie on the device, each against a reference step (fp16 autocast, attention logits materialised
-in fp32, GradScaler, unfused LayerNorm) that alternates with ours; then the whole training loop on JPEG files.
+First the device's own ceilings (matrix products, copies), then EVA-g/14 with a CLIP-L/14 teacher, EVA-L/14 and
+EVA-B/16: eager and compiled, on synthetic batches that already lie on the device, and a reference step (fp16 autocast,
+attention logits materialised in fp32, GradScaler, the loss read at every step); then the whole loop on JPEG files.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu_h200.json              # everything, about 10 minutes
     python benchmarks/gpu.py --models eva_b_16 --tiny --device cpu               # shows that it runs, without a GPU
@@ -23,9 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openeva.backbones.vit import Config as VitConfig
 from openeva.config import validate
-from openeva.data.masking import BlockMasking
 from openeva.data.sources.scenes import Config as ScenesConfig
 from openeva.engine.hardware import environment, measured_matmul_flops, peak_flops
 from openeva.engine.log import read_log
@@ -48,6 +46,7 @@ class OfficialAttention(Attention):
     """Attention as the official code computes it: logits materialised in fp32, q scaled first."""
 
     def forward(self, x_BSD: Tensor, bias_HSS: Tensor | None = None, visible_BS: Tensor | None = None) -> Tensor:
+        """Attend; `bias_HSS` and `visible_BS` are not used by EVA."""
         qkv = F.linear(x_BSD, self.qkv.weight, self._bias())
         q_BHSK, k_BHSK, v_BHSK = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         with torch.autocast(x_BSD.device.type, enabled=False):
@@ -56,8 +55,15 @@ class OfficialAttention(Attention):
         return self.proj((weights_BHSS @ v_BHSK).transpose(1, 2).flatten(2))
 
 
-def build_task(name: str, spec: dict[str, Any], device: torch.device, *, tiny: bool, checkpointing: bool = False) -> PretrainTask:
-    backbone: dict[str, Any] = {"name": "vit", "variant": name, "drop_path": 0.1, "activation_checkpointing": checkpointing}
+def build_task(
+    name: str, spec: dict[str, Any], device: torch.device, *, tiny: bool, checkpointing: bool = False
+) -> PretrainTask:
+    backbone: dict[str, Any] = {
+        "name": "vit",
+        "variant": name,
+        "drop_path": 0.1,
+        "activation_checkpointing": checkpointing,
+    }
     teacher: dict[str, Any] = {"name": "open_clip", "model": spec["teacher"], "pretrained": "random"}
     masked = spec["masked"]
     if tiny:
@@ -88,7 +94,9 @@ def make_batch(task: PretrainTask, size: int, device: torch.device) -> dict[str,
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def our_step(task: PretrainTask, batch: dict[str, Tensor], device: torch.device, compile_mode: str) -> Callable[[], Tensor]:
+def our_step(
+    task: PretrainTask, batch: dict[str, Tensor], device: torch.device, compile_mode: str
+) -> Callable[[], Tensor]:
     task.train()
     if compile_mode == "blocks":
         for block in task.blocks():
@@ -154,7 +162,9 @@ def time_steps(step: Callable[[], Tensor], device: torch.device, repeats: int) -
 def measure_model(name: str, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
     spec = MODELS[name] | ({"batch": 4} if args.tiny else {})
     variants: list[tuple[str, dict[str, Any]]] = [
-        ("official way", {}), ("ours, eager", {"compile_mode": "off"}), ("ours, compiled blocks", {"compile_mode": "blocks"}),
+        ("official way", {}),
+        ("ours, eager", {"compile_mode": "off"}),
+        ("ours, compiled blocks", {"compile_mode": "blocks"}),
         ("ours, compiled model", {"compile_mode": "model"}),
         ("ours, compiled blocks, activation checkpointing", {"compile_mode": "blocks", "checkpointing": True}),
     ]  # fmt: skip
@@ -182,7 +192,10 @@ def measure_model(name: str, device: torch.device, args: argparse.Namespace) -> 
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).splitlines()[0]
         rows.append(row)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None), flush=True)
+        print(
+            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None),
+            flush=True,
+        )
     official = rows[0].get("images_per_s")
     for row in rows:
         if official and "images_per_s" in row:
@@ -212,13 +225,17 @@ def measure_loading(device: torch.device, args: argparse.Namespace) -> dict[str,
                      "masking": {"name": "block", "num_masked": 6 if args.tiny else spec["masked"], "min_block": 4}},
             "data": {"train": [{"name": "image_folder", "roots": [str(images)]}]},
             "optim": {"warmup": "2 steps"},
-            "run": {"out": f"{folder}/run", "length": "6 steps" if args.tiny else "60 steps", "batch_size": spec["batch"],
-                    "log_every": "2 steps" if args.tiny else "20 steps", "save_every": "0 steps", "device": str(device.type),
+            "run": {"out": f"{folder}/run", "length": "6 steps" if args.tiny else "60 steps",
+                    "batch_size": spec["batch"], "device": str(device.type), "save_every": "0 steps",
+                    "log_every": "2 steps" if args.tiny else "20 steps",
                     "compile": "off" if args.tiny else "model"},
         })  # fmt: skip
         train(recipe)
         last = read_log(Path(folder) / "run")[-1]
-        return {"model": name, **{k: last[k] for k in ("samples_per_s", "mfu", "share_data", "share_teacher", "memory_gib")}}
+        return {
+            "model": name,
+            **{k: last[k] for k in ("samples_per_s", "mfu", "share_data", "share_teacher", "memory_gib")},
+        }
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -252,7 +269,9 @@ def main() -> None:
     device = torch.device(args.device)
     record: dict[str, Any] = {
         "what": "gpu", "environment": environment(device),
-        "matmul_tflops": {str(d): measured_matmul_flops(device, d, 1.0) / 1e12 for d in (torch.bfloat16, torch.float32)},
+        "matmul_tflops": {
+            str(dtype): measured_matmul_flops(device, dtype, 1.0) / 1e12 for dtype in (torch.bfloat16, torch.float32)
+        },
         "copy_gb_per_s": copy_bandwidth(device) / 1e9, "peak_tflops": peak_flops(device, torch.bfloat16) / 1e12,
         "steps": [],
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """openeva: EVA (arXiv 2211.07636) as a tool.
 
-    model = openeva.create_model("eva_s_16")           # a fresh transformer
-    model = openeva.load_checkpoint("runs/demo")       # the trained backbone of a run
-    features = model(images)                           # .pooled [B, D], .patches [B, N, D]
+model = openeva.create_model("eva_s_16")           # a fresh transformer
+model = openeva.load_checkpoint("runs/demo")       # the trained backbone of a run
+features = model(images)                           # .pooled [B, D], .patches [B, N, D]
 """
 
 from typing import TYPE_CHECKING, Any

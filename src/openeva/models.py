@@ -17,7 +17,8 @@ def create_model(name: str, *, weights: str | None = None, **overrides: Any) -> 
 
     Args:
         name: A variant such as "eva_b_16".
-        weights: Run, model folder, or official file to load; positions and patch kernels are resized where needed. The model's
+        weights: Run, model folder, or official file to load; positions and patch kernels are resized where needed.
+            The model's
             `load_report` tells what became of every tensor.
         **overrides: Any key of the transformer's config, such as `image_size=336` or `patch_size=16`.
 

@@ -1,7 +1,7 @@
 """Assembles ONE run: recipe -> task -> data -> optimiser -> loop. Start reading here.
 
-An image's way: recipe -> this file -> data/sources -> data/views + data/masking -> engine/loop.py -> tasks/pretrain.py ->
-backbones/vit.py -> targets/features.py -> loss.
+An image's way: recipe -> this file -> data/sources -> data/views + data/masking -> engine/loop.py ->
+tasks/pretrain.py -> backbones/vit.py -> targets/features.py -> loss.
 """
 
 import json
@@ -158,9 +158,11 @@ def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
     micro_batch = run.micro_batch or per_process
     if per_process % micro_batch:
         raise ConfigError(
-            [f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each, not a multiple of"
-             f" run.micro_batch {micro_batch}"]
-        )  # fmt: skip
+            [
+                f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each,"
+                f" not a multiple of run.micro_batch {micro_batch}"
+            ]
+        )
     return per_process // micro_batch, micro_batch
 
 
@@ -264,7 +266,8 @@ def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths,
     return [
         f"{recipe.task.name}: {num_parameters:,} parameters learn, {gflops:.2f} GFLOP per sample",
         *(f"  {key}: {value}" for key, value in task.identity().items()),
-        f"  data: {loader.samples_per_epoch:,} samples per epoch, {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
+        f"  data: {loader.samples_per_epoch:,} samples per epoch,"
+        f" {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
         f" {lengths.total} steps in all, {lengths.warmup} of warm-up",
         *(f"  {line}" for report in _load_reports(task) for line in report.lines()),
         f"  on {world.size} x {world.device} -> {recipe.run.out}",

@@ -42,9 +42,12 @@ class Case:
         tolerance = self.json[kind]
         expected = self.tensors[name]
         torch.testing.assert_close(
-            actual.detach().reshape(expected.shape).to(expected.dtype), expected, rtol=tolerance["rtol"], atol=tolerance["atol"],
+            actual.detach().reshape(expected.shape).to(expected.dtype),
+            expected,
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"],
             msg=lambda text: f"{self.path.stem} {name}: {text}",
-        )  # fmt: skip
+        )
 
 
 def all_kinds() -> dict[str, list[Path]]:

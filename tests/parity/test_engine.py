@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.golden import Case, cases
-from parity.test_vit import our_name, student_of
 from torch import nn
 
 from openeva.engine.distributed import World
@@ -18,6 +16,8 @@ from openeva.engine.schedule import Schedule
 from openeva.engine.state import Checkpoints, Progress, TrainState
 from openeva.losses.cosine import negative_cosine
 from openeva.tasks.base import Task
+from parity.golden import Case, cases
+from parity.test_vit import our_name, student_of
 
 
 @pytest.mark.parametrize("case", cases("schedules"), ids=str)
@@ -75,9 +75,8 @@ class GivenTask(Task):
 
 
 class GivenData:
-    broken: dict[str, str] = {}
-
     def __init__(self, case: Case, batch_size: int) -> None:
+        self.broken: dict[str, str] = {}
         self.case, self.batch_size = case, batch_size
 
     def batches(self, start_sample: int) -> Iterator[list[dict]]:
@@ -93,13 +92,14 @@ def test_the_loop_retraces_official_steps(case: Case, tmp_path: Path) -> None:
     config, tolerance = case.config, case.json["tolerance"]
     student = student_of(case, {**config["model"], "ln_eps": config["ln_eps"]})
     optim = OptimConfig(
-        lr=config["lr"], min_lr=config["min_lr"], weight_decay=config["weight_decay"], betas=config["betas"], eps=config["eps"],
-        clip_grad=config["clip_grad"],
-    )  # fmt: skip
+        **{key: config[key] for key in ("lr", "min_lr", "weight_decay", "betas", "eps", "clip_grad")},
+    )
     total = config["epochs"] * config["steps_per_epoch"]
     lr, weight_decay = optim.schedules(total, config["warmup_epochs"] * config["steps_per_epoch"])
     device = torch.device("cpu")
-    optimizer = adamw(student, optim, no_decay=student.backbone.no_weight_decay(), num_layers=student.backbone.num_layers)
+    optimizer = adamw(
+        student, optim, no_decay=student.backbone.no_weight_decay(), num_layers=student.backbone.num_layers
+    )
     state = TrainState(student, optimizer, Precision("fp32", device), Progress())
     loop = LoopConfig(total, lr, weight_decay, config["batch_size"], optim.clip_grad, log_every=1)
     with RunLog(tmp_path, active=True, total_steps=total) as log:
@@ -116,4 +116,6 @@ def test_the_loop_retraces_official_steps(case: Case, tmp_path: Path) -> None:
     weights = student.state_dict()
     for name, expected in case.prefix("out.sd.").items():
         actual = weights[our_name(name)]
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance["weights_abs"], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual, expected, rtol=0, atol=tolerance["weights_abs"], msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from parity.golden import Case, cases
 from safetensors.torch import save_file
 
 from openeva.backbones.open_clip import Config
+from parity.golden import Case, cases
 
 
 @pytest.mark.parametrize("case", cases("teacher_clip"), ids=str)

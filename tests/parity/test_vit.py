@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from parity.golden import Case, cases
 
 from openeva.backbones.vit import Block, Config, Mlp
 from openeva.layers.attention import Attention
 from openeva.layers.relative_position import axis_indices, joint_index
 from openeva.losses.cosine import negative_cosine
 from openeva.tasks.pretrain import MimStudent
+from parity.golden import Case, cases
 
 RELATIVE = {
     "use_shared_rel_pos_bias": "shared",
@@ -40,7 +40,9 @@ def our_name(name: str) -> str:
         return "head." + name.removeprefix("lm_head.")
     if name.startswith("rel_pos_bias."):
         return "backbone.relative_position." + name.removeprefix("rel_pos_bias.")
-    return "backbone." + name.replace("attn.relative_position_bias_table", "attn.position_bias.relative_position_bias_table")
+    return "backbone." + name.replace(
+        "attn.relative_position_bias_table", "attn.position_bias.relative_position_bias_table"
+    )
 
 
 def student_of(case: Case, official: dict) -> MimStudent:

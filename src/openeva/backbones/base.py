@@ -62,7 +62,10 @@ class Backbone(nn.Module):
     identity: str
 
     def forward(
-        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None, layers: tuple[int, ...] = ()
+        self,
+        image_BCYX: Float[Tensor, "B C Y X"],
+        mask_BN: Bool[Tensor, "B N"] | None = None,
+        layers: tuple[int, ...] = (),
     ) -> Features:
         """Encode normalised images.
 

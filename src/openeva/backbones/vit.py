@@ -2,9 +2,9 @@
 
 image[B,3,Y,X] -> patches[B,N,D] -> masked ones replaced -> cls + positions -> blocks -> norm -> Features
 
-Paper: EVA section 2.1, table 1. Source: spec sections 1.1-1.6 of the official code. Deliberate differences: relative position
-tables hang on the module that uses them (names are translated in `checkpoints/`), index tables are recomputed and never
-stored, attention is fused.
+Paper: EVA section 2.1, table 1. Source: spec sections 1.1-1.6 of the official code. Deliberate differences: relative
+position tables hang on the module that uses them (names are translated in `checkpoints/`), index tables are
+recomputed and never stored, attention is fused.
 """
 
 from pathlib import Path
@@ -48,7 +48,9 @@ class Config(ComponentConfig):
     """A vision transformer: a variant's name, or its dimensions, or a variant with some keys overridden."""
 
     name: str = "vit"
-    variant: str | None = Field(None, description=f"one of {', '.join(VARIANTS)}; its values are defaults for all keys below")
+    variant: str | None = Field(
+        None, description=f"one of {', '.join(VARIANTS)}; its values are defaults for all keys below"
+    )
     image_size: int | tuple[int, int] = Field(224, description="pixels: side, or (height, width)")
     patch_size: int = Field(gt=0, description="pixels")
     width: int = Field(gt=0, description="D, channels per token")
@@ -69,7 +71,9 @@ class Config(ComponentConfig):
     patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 detaches it")
     init_std: float = Field(0.02, gt=0, description="truncated normal, cut at one standard deviation")
     activation_checkpointing: bool = False
-    statistics: Literal["clip", "imagenet", "half"] = Field("clip", description="mean and deviation its input is normalised with")
+    statistics: Literal["clip", "imagenet", "half"] = Field(
+        "clip", description="mean and deviation its input is normalised with"
+    )
     weights: str | None = Field(None, description="folder or file to start from: an openeva model, or official weights")
 
     @model_validator(mode="before")
@@ -83,7 +87,9 @@ class Config(ComponentConfig):
                 return {**architecture_of(values["weights"]), **values}
             return values
         if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}{did_you_mean(str(variant), list(VARIANTS))} ({', '.join(VARIANTS)})")
+            raise ValueError(
+                f"unknown variant {variant!r}{did_you_mean(str(variant), list(VARIANTS))} ({', '.join(VARIANTS)})"
+            )
         return {**VARIANTS[variant], **values}
 
     @model_validator(mode="after")
@@ -117,7 +123,9 @@ class Config(ComponentConfig):
         if self.weights is not None:
             path = model_path(self.weights)
             model.load_report = load_into(model, read_weights(path), part="backbone", grid=self.grid)
-            model.identity = f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
+            model.identity = (
+                f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
+            )
         return model
 
 
@@ -189,8 +197,9 @@ class VisionTransformer(Backbone):
     def init_weights(self) -> None:
         """Draw fresh weights as the MIM student does (spec section 1.6).
 
-        Linear and patch kernels, cls, mask and position tables: normal with `init_std`, cut at one standard deviation; biases
-        0; output projections of block i (from 1) divided by sqrt(2 i); post-norm blocks start as identities (norms at 0).
+        Linear and patch kernels, cls, mask and position tables: normal with `init_std`, cut at one standard
+        deviation; biases 0; output projections of block i (from 1) divided by sqrt(2 i); post-norm blocks start as
+        identities (norms at 0).
         """
         std = self.config.init_std
         for module in self.modules():
@@ -213,7 +222,10 @@ class VisionTransformer(Backbone):
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def forward(
-        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None, layers: tuple[int, ...] = ()
+        self,
+        image_BCYX: Float[Tensor, "B C Y X"],
+        mask_BN: Bool[Tensor, "B N"] | None = None,
+        layers: tuple[int, ...] = (),
     ) -> Features:
         """Encode normalised images; masked patches are replaced by `mask_token` (positions stay visible).
 

@@ -112,7 +112,11 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint (collective: all processes call it) and remove those that need not be kept."""
+        """Write a checkpoint (collective: all processes call it) and remove those that need not be kept.
+
+        Raises:
+            CheckpointError: It cannot be written (disk full); those before it are untouched.
+        """
         final = self.path(state.progress.step)
         if final.is_dir():
             return final
@@ -122,8 +126,13 @@ class Checkpoints:
             self._clean_up()
             temporary.mkdir(parents=True)
         barrier()
-        with _alone_is_fine():
-            save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        try:
+            with _alone_is_fine():
+                save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"cannot write {temporary} ({_cause(error)}); the checkpoints before it stay"
+            ) from error
         torch.save(_random_state(), temporary / f"rng_{rank}.pt")
         if rank == 0:
             meta = {
@@ -255,13 +264,18 @@ def _damage_of(path: Path) -> Iterator[None]:
     """Whatever fails while a checkpoint's files are read means that they are not what was written."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter, from any process, is no Exception
-        causes = [pair[0] for pair in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = (str(causes[0]).splitlines() or [""])[0]
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise CheckpointError(
-            f"{path} is damaged ({type(causes[0]).__name__}: {reason})\n"
-            "Remove this folder to continue from the checkpoint before it."
+            f"{path} is damaged ({_cause(error)})\nRemove this folder to continue from the checkpoint before it."
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """Type and first line of what went wrong, on whichever process."""
+    first = (
+        next((pair[0] for pair in error.failures.values()), error) if isinstance(error, CheckpointException) else error
+    )
+    return f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}"
 
 
 def _check_tensors(wanted: dict[str, Any], found: Metadata, path: Path) -> None:

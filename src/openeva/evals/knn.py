@@ -1,6 +1,7 @@
 """k-nearest-neighbour accuracy of frozen features: no training, so a quick look at their quality.
 
-train images -> features, normalised -> cosine to each held-out image -> vote of the k nearest, weighted by exp(cosine / T)
+train images -> features, normalised -> cosine to each held-out image -> vote of the k nearest, weighted by exp(cosine
+/ T)
 
 Source: the usual protocol of DINO (arXiv 2104.14294, section 4.1): k = 20, temperature 0.07.
 """
@@ -39,7 +40,9 @@ class Knn:
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"knn_accuracy": ...}` on the held-out images."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
-        scores_BC = knn_scores(train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature)
+        scores_BC = knn_scores(
+            train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature
+        )
         return {"knn_accuracy": (scores_BC.argmax(1) == val.labels).float().mean().item()}
 
 

@@ -2,7 +2,8 @@
 
 train images -> features, standardised -> L2-regularised logistic regression -> held-out images
 
-The strength of the penalty is chosen by cross-validation on the training labels, the same way for every kind of feature.
+The strength of the penalty is chosen by cross-validation on the training labels, the same way for every kind of
+feature.
 """
 
 import warnings

@@ -1,8 +1,9 @@
 """How well hidden patches are predicted on held-out images, beside three predictions that need no learning.
 
-Per image one seeded mask of the training kind; cosine between prediction and target at the hidden patches, averaged. The
-baselines predict the mean of the image's visible target vectors, the position's mean over the training images, and the
-target vector of another image at the same position. A student that does not beat them has learned nothing about context.
+Per image one seeded mask of the training kind; cosine between prediction and target at the hidden patches, averaged.
+The baselines predict the mean of the image's visible target vectors, the position's mean over the training images,
+and the target vector of another image at the same position. A student that does not beat them has learned nothing
+about context.
 """
 
 import random

@@ -3,7 +3,8 @@
 x[B,S,D] -> one fused projection -> q, k, v[B,H,S,K] -> attention -> merged heads -> projection[B,S,D]
 
 Paper: EVA section 2.1 (q and v have biases, k has none). Source: spec sections 1.2 and 1.4. Deliberate difference: the
-official code computes the logits in fp32 by a cast; the fused kernels accumulate them in fp32 whatever the input's dtype.
+official code computes the logits in fp32 by a cast; the fused kernels accumulate them in fp32 whatever the input's
+dtype.
 """
 
 from typing import Literal

@@ -1,6 +1,7 @@
 """LayerNorm that always computes in fp32.
 
-Source: the official forced-fp32 LayerNorm: input, weight and bias are cast to fp32, the result back to the input's dtype.
+Source: the official forced-fp32 LayerNorm: input, weight and bias are cast to fp32, the result back to the input's
+dtype.
 """
 
 import torch.nn.functional as F

@@ -2,8 +2,8 @@
 
 grid -> index (token pair -> table row) -> bias[H, S, S] that is added to the attention logits. Token 0 is cls.
 
-Source: spec of the official code, section 1.5. The decoupled tables count key minus query, the joint table query minus key;
-both signs are kept because released weights depend on them.
+Source: spec of the official code, section 1.5. The decoupled tables count key minus query, the joint table query
+minus key; both signs are kept because released weights depend on them.
 """
 
 import torch

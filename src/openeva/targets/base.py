@@ -1,7 +1,7 @@
 """The target contract: what a masked patch should predict, and the loss for it.
 
-A file in this folder holds one target: `class Config(ComponentConfig)` whose `build(grid)` returns a `Target`; `grid` is
-the student's patch grid `(y, x)`.
+A file in this folder holds one target: `class Config(ComponentConfig)` whose `build(grid)` returns a `Target`; `grid`
+is the student's patch grid `(y, x)`.
 """
 
 from dataclasses import dataclass

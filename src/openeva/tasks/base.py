@@ -23,7 +23,8 @@ class Task(nn.Module):
     """A model with its loss.
 
     Attributes:
-        trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP. Frozen
+        trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP.
+            Frozen
             teachers and tokenizers sit beside it as other children.
     """
 

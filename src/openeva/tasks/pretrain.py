@@ -1,9 +1,10 @@
 """Masked pre-training: predict the target's vector at every hidden patch from the visible ones.
 
-batch -> student view, hidden patches -> backbone -> linear head at hidden patches -> loss against the target of the same crop
+batch -> student view, hidden patches -> backbone -> linear head at hidden patches -> loss against the target of the
+same crop
 
-Paper: EVA section 2.1. Source: spec sections 1.3, 2.2, 2.3: the loss is a mean over all masked tokens of the batch (not per
-image). MVP, EVA-L and others are this task with another target, masking or backbone.
+Paper: EVA section 2.1. Source: spec sections 1.3, 2.2, 2.3: the loss is a mean over all masked tokens of the batch
+(not per image). MVP, EVA-L and others are this task with another target, masking or backbone.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,14 +38,17 @@ class Config(ComponentConfig):
     backbone: BackboneField = Field(description="the student")
     target: TargetField = Field(description="what a masked patch should predict")
     masking: Masking = Field(description="which patches are hidden")
-    init_from: str | None = Field(None, description="run, model folder or official MIM file whose weights to start from")
+    init_from: str | None = Field(
+        None, description="run, model folder or official MIM file whose weights to start from"
+    )
     init_head: bool = Field(True, description="take over its prediction head too; false for another teacher")
 
     def build(self) -> "PretrainTask":
         """Make student and target.
 
         Raises:
-            ValueError: The parts do not fit together (a backbone without a mask token, more masked patches than there are).
+            ValueError: The parts do not fit together (a backbone without a mask token, more masked patches than there
+                are).
         """
         return PretrainTask(self)
 
@@ -66,7 +70,7 @@ class MimStudent(nn.Module):
         mask_BN: Bool[Tensor, "B N"],
         index_M: Int[Tensor, "M"],
     ) -> Float[Tensor, "M V"]:
-        """Predictions at the patches `index_M` (into the flattened `[B * N]`) of images of which `mask_BN` is hidden."""
+        """Predictions at the patches `index_M` (of the flattened `[B * N]`) of images whose `mask_BN` is hidden."""
         patches_BND = self.backbone(image_BCYX, mask_BN).patches
         return self.head(patches_BND.flatten(0, 1).index_select(0, index_M))
 
@@ -81,7 +85,9 @@ class PretrainTask(Task):
         self.config = config
         backbone: Backbone = config.backbone.build()
         if not hasattr(backbone, "mask_token"):
-            raise ValueError(f"task.backbone: {config.backbone.name} has no mask token and cannot be pre-trained by this task")
+            raise ValueError(
+                f"task.backbone: {config.backbone.name} has no mask token and cannot be pre-trained by this task"
+            )
         self.grid = (backbone.image_size[0] // backbone.stride, backbone.image_size[1] // backbone.stride)
         self.masking = config.masking.build(self.grid)
         self.target: Target = config.target.build(self.grid)
@@ -97,8 +103,8 @@ class PretrainTask(Task):
         width = prediction_width(weights.state_dict)
         if self.config.init_head and width != self.target.width:
             raise ValueError(
-                f"task.init_from {address} predicts {width} channels, but this run's target has {self.target.width}; set"
-                " task.init_head=false to start with a fresh prediction head"
+                f"task.init_from {address} predicts {width} channels, but this run's target has {self.target.width};"
+                " set task.init_head=false to start with a fresh prediction head"
             )
         if not self.config.init_head:
             for name in ("head.weight", "head.bias"):
@@ -111,7 +117,7 @@ class PretrainTask(Task):
         return self.student.backbone
 
     def view_spec(self, *, train: bool) -> ViewSpec:
-        """What the loader should make of each image; held-out data get the fixed alternating mask (spec section 2.4)."""
+        """What the loader should make of each image; held-out data get the alternating mask (spec section 2.4)."""
         masking = self.masking if train else AlternateMasking().build(self.grid)
         return ViewSpec(self._image_size, self.target.view.image_size, masking)
 

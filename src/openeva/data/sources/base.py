@@ -1,8 +1,8 @@
 """The source contract: numbered samples, read one at a time by any worker.
 
-A file in this folder holds one format: `class Config(SourceConfig)` whose `build()` returns a `Source`. A source is opened
-once per process, must survive pickling (workers), and never reads anything in `__init__` that grows with the data set
-beyond an index.
+A file in this folder holds one format: `class Config(SourceConfig)` whose `build()` returns a `Source`. A source is
+opened once per process, must survive pickling (workers), and never reads anything in `__init__` that grows with the
+data set beyond an index.
 """
 
 from collections.abc import Iterator
