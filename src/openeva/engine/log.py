@@ -99,10 +99,10 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
         _drop_unfinished_line(folder / "log.jsonl")
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
         if console is not None:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch import nn
+
+from openeva.engine import distributed
+from openeva.engine.distributed import World, wrap
+
+
+def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = distributed.start("cpu")
+    assert (world.rank, world.size, world.is_main, world.device.type) == (0, 1, True, "cpu")
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)
+    assert distributed.mean_over_processes(torch.tensor(3.0)).item() == 3.0
+    distributed.barrier()
+    distributed.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_cuda_asked_for_and_absent() -> None:
+    with pytest.raises(ValueError, match="use device=cpu or auto"):
+        distributed.start("cuda")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "none", "ddp", "fsdp"])
+def test_one_process_needs_no_wrapper(strategy: str) -> None:
+    module = nn.Linear(2, 2)
+    assert wrap(module, [], World(0, 1, torch.device("cpu")), strategy, "off", torch.float32) is module
+    assert distributed.unwrap(module) is module
+    with distributed.gathered(module):
+        assert module(torch.zeros(1, 2)).shape == (1, 2)
+
+
+def test_unconnected_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="strategy none would train 2 unconnected models"):
+        wrap(nn.Linear(2, 2), [], World(0, 2, torch.device("cpu")), "none", "off", torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "model"])
+def test_compilation_is_asked_for_where_the_recipe_says(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))  # noqa: PLW0108  a method
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    wrap(module, list(module), World(0, 1, torch.device("cpu")), "auto", mode, torch.float32)
+    assert compiled == (list(module) if mode == "blocks" else [module])
