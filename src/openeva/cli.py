@@ -2,12 +2,14 @@
 
 arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
-Exit status: 0 done (or stopped by a signal with everything saved), 1 a required check of `doctor` failed, 2 the input
-is wrong (one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted.
+Exit status: 0 done (or stopped by SIGTERM with everything saved), 1 a required check of `doctor` failed, 2 the input
+is wrong (one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted by Ctrl-C (training saves
+first).
 """
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +148,7 @@ def demo(
 
     stopped = run_demo(folder, fast=fast, console=stdout())
     if stopped is not None:
-        _say_outcome(stopped)
+        _end(stopped)
 
 
 def _unused_name(folder: Path) -> Path:
@@ -177,8 +179,15 @@ def train(
             say(line)
         return
     result = training.train(config, console=_training_console())
-    if _training_console() is not None:
+    _end(result, quiet=_training_console() is None)
+
+
+def _end(result: "RunResult", *, quiet: bool = False) -> None:
+    """Say how a run ended, and exit with 130 where that was a Ctrl-C."""
+    if not quiet:
         _say_outcome(result)
+    if result.signal == signal.SIGINT:
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _say_outcome(result: "RunResult") -> None:

@@ -24,7 +24,7 @@ from openeva.engine.distributed import CompileMode, Strategy, World
 from openeva.engine.ema import Ema
 from openeva.engine.hardware import environment, peak_flops
 from openeva.engine.log import Record, RunLog, counting
-from openeva.engine.loop import LoopConfig, run_loop
+from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
@@ -77,12 +77,21 @@ class Recipe(Config):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: "stopped" by a signal with everything saved, or "finished"."""
+    """How a run ended: "stopped" by a signal with everything saved, or "finished".
+
+    Attributes:
+        status: Which of the two.
+        out: The run's folder.
+        step: Optimizer steps done.
+        total_steps: Optimizer steps of the whole run.
+        signal: Number of the signal that stopped it, where this process got one (and not another of the run).
+    """
 
     status: Literal["finished", "stopped"]
     out: Path
     step: int
     total_steps: int
+    signal: int | None = None
 
 
 def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
@@ -124,7 +133,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
             run.out / "checkpoints", task.identity(), keep_last=run.keep_last, keep_every=lengths.steps(run.keep_every)
         )
         evals = [config.build() for config in recipe.evals]
-        loop = loop_config(recipe, task, lengths, precision, world)
+        loop, stop = loop_config(recipe, task, lengths, precision, world), StopSignal()
         with RunLog(
             run.out, active=world.is_main, total_steps=lengths.total, console=console, wandb_project=run.wandb,
             config=recipe.model_dump(mode="json"),
@@ -136,12 +145,13 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
             status = run_loop(
                 task, loader, state, loop, world=world, checkpoints=checkpoints, log=log,
-                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema),
+                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema), stop=stop,
             )  # fmt: skip
             log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})
         if status == "finished":
             export(recipe, task, state, run.out / "model", world)
-        return RunResult(status, run.out, state.progress.step, lengths.total)
+        signal = stop.received if status == "stopped" else None
+        return RunResult(status, run.out, state.progress.step, lengths.total, signal)
     finally:
         distributed.stop()
 

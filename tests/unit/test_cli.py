@@ -1,6 +1,7 @@
 """The command line as a user meets it: what is printed where, and with which exit status."""
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from openeva import __version__, doctor, train
+from openeva import __version__, demo, doctor, train
 from openeva.backbones.vit import VARIANTS
 from openeva.cli import app
 from openeva.config import find_recipe, list_recipes, load_config
+from openeva.engine.log import RunLog
 from openeva.registry import FOLDERS, component_names
 from openeva.train import Recipe, RunResult
 
@@ -137,18 +139,38 @@ def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_stopped_by_a_signal_exits_with_0_and_says_how_to_continue(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_that_a_signal_stops_saves_says_how_to_continue_and_can_be(
+    number: signal.Signals, exit_code: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "train", lambda *_, **__: RunResult("stopped", Path("run"), 1, 2))
-    monkeypatch.setattr(sys, "argv", ["openeva", "train", "my recipe.yaml"])
-    result = openeva("train", recipe)
-    assert result.exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["openeva", "train", "my recipe.yaml"])
+        patch.setattr(RunLog, "advance", lambda self, step: signal.raise_signal(number))  # while a step is done
+        result = openeva("train", recipe)
+    assert result.exit_code == exit_code
     assert "stopped after step 1 of 2" in result.stdout
     assert "openeva train 'my recipe.yaml'" in result.stdout
+    assert "interrupted" not in result.stderr
+    result = openeva("train", recipe)
+    assert result.exit_code == 0, result.output
+    assert "after step 1 of 2" in result.stdout
+    assert "finished after step 2" in result.stdout
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_continue(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_that_ctrl_c_stops_exits_with_130_and_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        demo, "train", lambda recipe, **_: RunResult("stopped", recipe.run.out, 7, 40, signal=signal.SIGINT)
+    )
+    monkeypatch.setattr(sys, "argv", ["openeva", "demo", "--fast"])
+    result = openeva("demo", "--fast", "--out", tmp_path / "demo")
+    assert result.exit_code == 130
+    assert "stopped after step 7 of 40" in result.stdout
+    assert "continue with: openeva demo --fast" in result.stdout
+
+
+def test_an_interrupt_before_anything_is_saved_exits_with_130_and_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> RunResult:
         raise KeyboardInterrupt
 

@@ -76,7 +76,11 @@ class LoopConfig:
 
 
 class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop; a second Ctrl-C interrupts at once."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop; a second Ctrl-C interrupts at once.
+
+    Attributes:
+        received: Number of the signal that this process got, if any.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -110,8 +114,11 @@ def run_loop(  # noqa: PLR0915  the one visible loop
     checkpoints: Checkpoints,
     log: RunLog,
     evaluate: Callable[[int], Record] | None = None,
+    stop: StopSignal | None = None,
 ) -> Literal["finished", "stopped"]:
     """Train from `state.progress` to `config.total_steps`; "stopped" means that a signal asked for it and all is saved.
+
+    Give `stop` to see afterwards which signal that was.
 
     Raises:
         NonFiniteError: `max_rewinds` returns to a checkpoint did not get past non-finite losses.
@@ -123,7 +130,7 @@ def run_loop(  # noqa: PLR0915  the one visible loop
     bad_in_a_row, save_is_due, reported = 0.0, False, set[str]()
     task.train()
 
-    with StopSignal() as stop:
+    with stop or StopSignal() as stop:
         while progress.step < config.total_steps:
             # ---- fetch: the host's wait for the loader counts as data time, the copy runs in the background
             with timing.section("data", on_host=True):
