@@ -145,7 +145,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
             status = run_loop(
                 task, loader, state, loop, world=world, checkpoints=checkpoints, log=log,
-                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema), stop=stop,
+                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema), stop_signal=stop,
             )  # fmt: skip
             log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})
         if status == "finished":

@@ -170,7 +170,7 @@ def test_a_demo_that_ctrl_c_stops_exits_with_130_and_says_how_to_continue(
     assert "continue with: openeva demo --fast" in result.stdout
 
 
-def test_an_interrupt_before_anything_is_saved_exits_with_130_and_says_how_to_go_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_anything_is_saved_exits_with_130(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> RunResult:
         raise KeyboardInterrupt
 

@@ -114,11 +114,11 @@ def run_loop(  # noqa: PLR0915  the one visible loop
     checkpoints: Checkpoints,
     log: RunLog,
     evaluate: Callable[[int], Record] | None = None,
-    stop: StopSignal | None = None,
+    stop_signal: StopSignal | None = None,
 ) -> Literal["finished", "stopped"]:
     """Train from `state.progress` to `config.total_steps`; "stopped" means that a signal asked for it and all is saved.
 
-    Give `stop` to see afterwards which signal that was.
+    Give `stop_signal` to see afterwards which signal that was.
 
     Raises:
         NonFiniteError: `max_rewinds` returns to a checkpoint did not get past non-finite losses.
@@ -130,7 +130,7 @@ def run_loop(  # noqa: PLR0915  the one visible loop
     bad_in_a_row, save_is_due, reported = 0.0, False, set[str]()
     task.train()
 
-    with stop or StopSignal() as stop:
+    with stop_signal or StopSignal() as stop:
         while progress.step < config.total_steps:
             # ---- fetch: the host's wait for the loader counts as data time, the copy runs in the background
             with timing.section("data", on_host=True):
