@@ -18,7 +18,7 @@ ALIKE = ("loss", "grad_norm", "held_out_loss", "ema_held_out_loss", "skipped_ste
 
 
 def made(out: Path, *changes: str) -> Recipe:
-    """Two micro-batches of 4; the clipping is at work; 17 held-out images: 3 batches for one of two processes, 2 for the other."""
+    """Two micro-batches of 4; clipping at work; 17 held-out images: 3 batches for one of two processes, 2 for the other."""
     return recipe(
         out, "run.micro_batch=4", "optim.clip_grad=0.3", "data.train.0.num_images=63", "data.holdout=0.27", *changes
     )

@@ -1,0 +1,134 @@
+"""Whole runs in this process: what is learnt, what is refused, what a folder of real files brings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from e2e.toy import BASE, TEACHER, recipe
+from openeva.config import apply_overrides
+from openeva.data.loader import TooManyBrokenError
+from openeva.engine.log import read_log
+from openeva.engine.state import CheckpointError
+from openeva.train import Recipe, train
+
+NO_EVALUATION = ("data.holdout=0", "run.evaluate_every=0 steps", "run.save_every=0 steps")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty-four photographs, two of them broken."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "images" / f"class_{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
+        if number in {4, 9}:
+            path.write_bytes(path.read_bytes()[:60])
+    return tmp_path / "images"
+
+
+def of_folder(folder: Path, out: Path, *changes: str) -> Recipe:
+    sources = f"data.train=[{{name: image_folder, roots: [{folder}]}}]"
+    return recipe(out, sources, "data.holdout=0.25", "run.length=9 steps", "run.batch_size=4", *changes)
+
+
+def test_eight_images_are_learnt_by_heart(tmp_path: Path) -> None:
+    changes = ["data.train.0.num_images=8", "data.crop={kind: center, hflip: 0}", "run.length=300 steps", "optim.lr=0.005",
+               "task.masking={name: alternate}", "optim.weight_decay=0", "optim.ema=null", "run.log_every=50 steps"]  # fmt: skip
+    train(recipe(tmp_path, *changes, *NO_EVALUATION))
+    losses = [record["loss"] for record in read_log(tmp_path)]
+    assert losses[0] > -0.9
+    assert losses[-1] < -0.98  # the loss is minus the masked cosine
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_learns_on_a_cpu(precision: str, tmp_path: Path) -> None:
+    for name in (precision, "fp32"):
+        train(
+            recipe(
+                tmp_path / name,
+                "run.length=30 steps",
+                f"run.precision={name}",
+                "run.log_every=10 steps",
+                *NO_EVALUATION,
+            )
+        )
+    reduced, full = ([record["loss"] for record in read_log(tmp_path / name)] for name in (precision, "fp32"))
+    assert reduced[-1] < reduced[0] - 0.1
+    assert reduced == pytest.approx(full, abs=0.05)
+    assert reduced != full
+
+
+def test_broken_files_are_skipped_named_and_counted(folder: Path, tmp_path: Path) -> None:
+    result = train(of_folder(folder, tmp_path / "run", "data.max_broken=0.5"))
+    assert result.status == "finished"
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    held_out_broken = 2 - summary["broken_files"]
+    assert summary["broken_files"] in {1, 2}
+    assert held_out_broken in {0, 1}
+    messages = (tmp_path / "run/log.jsonl").read_text()
+    for name in summary["broken"]:
+        assert Path(name).name in {"4.jpg", "9.jpg"}
+        assert f"skipped a broken file: {name}" in messages
+    records = read_log(tmp_path / "run")
+    assert records[-1]["broken_files"] == summary["broken_files"]
+    assert all(np.isfinite(record["held_out_loss"]) for record in records if "held_out_loss" in record)
+
+
+def test_too_many_broken_files_stop_the_run_with_their_names(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TooManyBrokenError, match=r"\d+\.jpg"):
+        train(of_folder(folder, tmp_path / "run", "data.max_broken=0.001", "run.length=40 steps"))
+
+
+def test_an_empty_folder_is_an_error_before_any_model_is_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openeva.backbones import vit
+
+    monkeypatch.setattr(vit.Config, "build", lambda self: pytest.fail("a model was built"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((ValueError, OSError), match="empty"):
+        train(of_folder(tmp_path / "empty", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("task.target.teacher.width=24", "target_width: checkpoint 16, this run 24"),
+     ("task.target.layer=0", "layer 0"), ("task.backbone.depth=1", "only the checkpoint has model.backbone.blocks.1"),
+     ("task.backbone.mlp_hidden=48", "in the checkpoint and")],
+)  # fmt: skip
+def test_a_run_with_another_teacher_or_student_is_not_continued(change: str, words: str, tmp_path: Path) -> None:
+    train(recipe(tmp_path, "run.length=2 steps", *NO_EVALUATION))
+    with pytest.raises(CheckpointError) as caught:
+        train(recipe(tmp_path, "run.length=4 steps", *NO_EVALUATION, change))
+    assert words in str(caught.value)
+    assert "run.out" in str(caught.value)
+
+
+def test_an_openeva_model_as_the_teacher(tmp_path: Path) -> None:
+    first = recipe(tmp_path / "first", "run.length=2 steps", *NO_EVALUATION)
+    train(first)
+    teacher = {"name": "vit", "weights": str(tmp_path / "first")}
+    content = {**BASE, "task": {**BASE["task"], "target": {"name": "features", "teacher": teacher}}}
+    second = Recipe.model_validate(
+        apply_overrides(content, [*NO_EVALUATION, "run.length=2 steps", f"run.out={tmp_path / 'second'}"])
+    )
+    train(second)
+    task = second.task.build()
+    assert task.target.width == 32 != TEACHER["width"]
+    learnt = torch.load  # the teacher's weights are those of the first run, not fresh ones
+    assert learnt is not None
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "first/model/model.safetensors")
+    assert torch.equal(task.target.teacher.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
+    train(recipe(tmp_path / "third", "run.length=2 steps", "run.seed=5", *NO_EVALUATION))
+    other = second.model_dump(mode="json")
+    other["task"]["target"]["teacher"]["weights"] = str(tmp_path / "third")
+    other["run"]["length"] = "4 steps"
+    with pytest.raises(CheckpointError, match="target: checkpoint"):
+        train(Recipe.model_validate(other))
