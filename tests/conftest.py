@@ -2,13 +2,32 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+settings.register_profile("openeva", deadline=None)  # machines differ, and the first example may import a library
+settings.load_profile("openeva")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from parity import golden
+
+    if hasattr(session.config, "workeroutput"):  # a worker of xdist: only it has imported the tests
+        session.config.workeroutput["golden_covered"] = sorted(golden.COVERED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    from parity import golden
+
+    golden.COVERED.update(getattr(node, "workeroutput", {}).get("golden_covered", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from openeva.checkpoints.official import from_official
 from openeva.engine.distributed import World
 from openeva.engine.log import RunLog, read_log
 from openeva.engine.loop import LoopConfig, run_loop
@@ -17,7 +18,7 @@ from openeva.engine.state import Checkpoints, Progress, TrainState
 from openeva.losses.cosine import negative_cosine
 from openeva.tasks.base import Task
 from parity.golden import Case, cases
-from parity.test_vit import our_name, student_of
+from parity.test_vit import student_of
 
 
 @pytest.mark.parametrize("case", cases("schedules"), ids=str)
@@ -114,8 +115,7 @@ def test_the_loop_retraces_official_steps(case: Case, tmp_path: Path) -> None:
     norms = case.tensors["out.grad_norm"].tolist()
     assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=tolerance["grad_norm_rel"])
     weights = student.state_dict()
-    for name, expected in case.prefix("out.sd.").items():
-        actual = weights[our_name(name)]
+    for name, expected in from_official(case.prefix("out.sd.")).items():
         torch.testing.assert_close(
-            actual, expected, rtol=0, atol=tolerance["weights_abs"], msg=lambda m, n=name: f"{n}: {m}"
+            weights[name], expected, rtol=0, atol=tolerance["weights_abs"], msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from openeva.backbones.vit import Block, Config, Mlp
+from openeva.checkpoints.official import from_official, official_name
 from openeva.layers.attention import Attention
 from openeva.layers.relative_position import axis_indices, joint_index
 from openeva.losses.cosine import negative_cosine
@@ -34,24 +35,13 @@ def config_of(official: dict) -> Config:
     )
 
 
-def our_name(name: str) -> str:
-    """Official name -> name in `MimStudent`."""
-    if name.startswith("lm_head."):
-        return "head." + name.removeprefix("lm_head.")
-    if name.startswith("rel_pos_bias."):
-        return "backbone.relative_position." + name.removeprefix("rel_pos_bias.")
-    return "backbone." + name.replace(
-        "attn.relative_position_bias_table", "attn.position_bias.relative_position_bias_table"
-    )
-
-
 def student_of(case: Case, official: dict) -> MimStudent:
     config = config_of(official)
     if case.json["description"].find("post-norm blocks") >= 0:
         config = config.model_copy(update={"norm_order": "post"})
     student = MimStudent(config.build(), official["predict_feature_dim"])
-    weights = {our_name(k): v for k, v in case.prefix("sd.").items() if not k.endswith("_index")}
-    student.load_state_dict(weights, strict=True)
+    weights = {name: value for name, value in case.prefix("sd.").items() if not name.endswith("_index")}
+    student.load_state_dict(from_official(weights), strict=True)
     return student
 
 
@@ -69,10 +59,10 @@ def test_student(case: Case) -> None:
     case.close(predicted, "out.preds")
     case.close(loss, "out.loss")
     parameters = dict(student.named_parameters())
-    gradients = [name.removeprefix("out.grad.") for name in case.tensors if name.startswith("out.grad.")]
+    gradients = from_official(case.prefix("out.grad."))
     assert len(gradients) > 10
     for name in gradients:
-        case.close(parameters[our_name(name)].grad, f"out.grad.{name}", "grad_tolerance")
+        case.close(parameters[name].grad, f"out.grad.{official_name(name)}", "grad_tolerance")
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     case.close(norm, "out.grad_norm_total", "grad_tolerance")
 
