@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 
 from openeva.checkpoints.load import load_into
 from openeva.checkpoints.native import read_native
-from openeva.config import Config, ConfigError, Eval, validate
+from openeva.config import Config, ConfigError, Eval, parse_yaml, validate
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.engine import distributed
 from openeva.engine.distributed import World
@@ -42,7 +41,7 @@ def read_run_recipe(run: Path) -> Recipe:
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError([f"{run} is not the folder of a run: it has no config.yaml"])
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = parse_yaml(path.read_text(encoding="utf-8"))
     content["run"]["out"] = str(run)  # the folder may have been moved
     return validate(Recipe, content, where=str(path))
 
