@@ -15,7 +15,7 @@ from openeva.checkpoints.resize import (
 
 side = st.integers(1, 7)
 grid = st.tuples(side, side)
-fast = settings(max_examples=25, deadline=None)
+fast = settings(max_examples=25)
 
 
 def positions(of_grid: tuple[int, int], num_prefix: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:

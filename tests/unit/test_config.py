@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -134,7 +134,6 @@ def test_a_length_without_unit_or_sense_is_refused(text: Any) -> None:
 # ---------------------------------------------------------------------------------------------- durations
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e15), st.sampled_from(["steps", "epochs", "samples", "percent"]))
 def test_a_duration_survives_its_text(value: float, unit: Any) -> None:
     assert Duration.parse(str(Duration(value, unit))) == Duration(value, unit)
@@ -176,7 +175,6 @@ def test_a_key_that_stands_twice_is_an_error() -> None:
 printable = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(deadline=None)
 @given(
     note=st.none()
     | printable
@@ -299,7 +297,6 @@ values = st.recursive(
 mappings = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
 
 
-@settings(deadline=None)
 @given(mappings, mappings)
 def test_merging_keeps_every_key_and_the_upper_value_wins(below: dict[str, Any], above: dict[str, Any]) -> None:
     merged = merge(below, above)

@@ -107,7 +107,7 @@ def test_batch_layout():
     assert set(plain) == {"image", "index", "flip", "label", "broken"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), ratio=st.floats(0.05, 0.95), block=st.booleans())
 def test_masked_index_lists_the_masked_patches(seed, ratio, block):
     masking = BlockMasking(num_masked=20, min_block=12, tries=1) if block else RandomMasking(ratio=ratio)
@@ -234,7 +234,7 @@ def test_nothing_but_broken_files_stops_at_once(num_workers):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), limit=st.integers(1, 50))
 def test_evaluation_sees_every_sample_exactly_once(length, batch_size, world_size, limit):
     seen, sizes = [], []

@@ -11,7 +11,7 @@ from openeva.data.masking import AlternateMasking, BlockMasking, Masking, Random
 grids = st.tuples(st.integers(2, 20), st.integers(2, 20))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(grid=grids, share=st.floats(0.01, 0.99), min_block=st.integers(1, 40), seed=st.integers())
 def test_block_mask_never_exceeds_its_bound_and_repeats(grid, share, min_block, seed):
     num_patches = grid[0] * grid[1]
@@ -24,14 +24,15 @@ def test_block_mask_never_exceeds_its_bound_and_repeats(grid, share, min_block, 
     assert (mask == generator(random.Random(seed))).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(), grid=st.tuples(st.integers(8, 18), st.integers(8, 18)))
 def test_block_mask_is_blocky_and_nearly_full(seed, grid):
     num_masked = round(0.4 * grid[0] * grid[1])
-    mask = BlockMasking(num_masked=num_masked).build(grid)(random.Random(seed))
-    assert mask.sum() >= num_masked - 16
-    same_as_right = (mask[:, 1:] == mask[:, :-1]).mean()
-    assert same_as_right > 0.7  # independent patches would give 0.52
+    generator = BlockMasking(num_masked=num_masked).build(grid)
+    masks = np.stack([generator(random.Random(seed + number)) for number in range(20)])
+    assert masks.sum(axis=(1, 2)).min() >= num_masked - 16
+    same_as_right = (masks[:, :, 1:] == masks[:, :, :-1]).mean()
+    assert same_as_right > 0.7  # about 0.84 to 0.91; independent patches would give 0.52
 
 
 def test_max_block_limits_each_rectangle():
@@ -51,7 +52,6 @@ def test_no_block_spans_the_whole_grid():
     assert config.build((4, 5))(random.Random(0)).sum() == 4
 
 
-@settings(deadline=None)
 @given(grid=grids, ratio=st.floats(0.01, 0.99), seed=st.integers())
 def test_random_mask_leaves_the_same_number_visible(grid, ratio, seed):
     generator = RandomMasking(ratio=ratio).build(grid)

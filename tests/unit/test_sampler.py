@@ -12,7 +12,7 @@ def keys(seed, n):
     return np.full(n, seed_of(seed), np.uint64)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(n=st.integers(1, 3000), seed=st.integers())
 def test_permute_is_a_permutation(n, seed):
     result = permute(np.arange(n), n, keys(seed, n))
@@ -51,7 +51,7 @@ def test_shuffle_has_no_structure():
     assert 0 <= (result == np.arange(n)).sum() < 8
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_an_epoch_holds_every_sample_once(lengths, seed):
     order = Order(lengths, [1.0] * len(lengths), seed)

@@ -18,7 +18,7 @@ def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(height=sides, width=sides, seed=st.integers())
 def test_random_box_lies_inside_and_keeps_its_range(height, width, seed):
     top, left, h, w = random_box(height, width, (0.2, 1.0), (3 / 4, 4 / 3), random.Random(seed))
@@ -79,7 +79,7 @@ def test_both_sizes_show_the_same_crop():
     assert (again.int() - small.int()).abs().float().mean() < 3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(height=sides, width=sides, size=st.tuples(st.integers(8, 64), st.integers(8, 64)), pct=st.floats(0.5, 1.0))
 def test_center_crop_always_has_its_size(height, width, size, pct):
     config = CropConfig(kind="center", crop_pct=pct, hflip=0.0)
