@@ -21,6 +21,7 @@ from openeva.config import ComponentConfig, ConfigError, load_config
 from openeva.train import Recipe
 
 LOW_DISK_GIB = 5.0
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,20 @@ def _look_at_hub(component: ComponentConfig) -> str:
 
     from openeva.checkpoints.weights import PROBE_TIMEOUT_SECONDS, fetch
 
+    key = "weights: /path/to/file"
+    if hasattr(component, "pretrained"):
+        key = "model: local-dir:/path/to/folder" if component.pretrained is None else "pretrained: /path/to/file"
     locate = getattr(component, "hub_repository", None)
     repository = locate() if callable(locate) else None
     if repository is None:
         return "not on a hub that can be asked; the run will tell"
     cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-    if any(cached.glob("snapshots/*/*")):
+    if any(file.suffix in WEIGHT_SUFFIXES for file in cached.glob("snapshots/*/*")):
         return f"{repository} is in the local cache"
     fetch(
         lambda: HfApi().model_info(repository, timeout=PROBE_TIMEOUT_SECONDS),
         repository,
-        "bring them here as a file and set `weights` to its path",
+        f"bring them here and set `{key}` in the recipe",
     )
     return f"{repository} can be reached; the first run downloads it"
 

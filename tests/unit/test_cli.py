@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -237,6 +238,42 @@ def test_doctor_fails_where_something_required_is_missing(recipe: Path) -> None:
     failed = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("fail")}
     assert {"data.train.0", "weights"} <= failed
     assert torch.cuda.is_available() or "device" in failed
+
+
+@pytest.mark.parametrize(
+    ("teacher", "repository", "fix"),
+    [
+        ("{name: timm, model: resnet10t}", "timm/resnet10t.c3_in1k", "weights: /path/to/file"),
+        ("{name: timm, model: resnet10t.c3_in1k}", "timm/resnet10t.c3_in1k", "weights: /path/to/file"),
+        (
+            "{name: open_clip, model: ViT-B-32, pretrained: laion2b_s34b_b79k}",
+            "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+            "pretrained: /path/to/file",
+        ),
+        ("{name: open_clip, model: 'hf-hub:lab/tower'}", "lab/tower", "model: local-dir:/path/to/folder"),
+    ],
+)
+def test_doctor_says_whether_a_teacher_of_the_hub_is_here_or_in_reach(
+    teacher: str, repository: str, fix: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def look() -> doctor.Check:
+        checks = list(doctor.check_recipe(str(recipe), [f"task.target.teacher={teacher}"]))
+        return next(check for check in checks if check.name == "weights")
+
+    snapshot = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()  # without the weights that is not enough
+    check = look()
+    assert check.status == "fail"
+    for part in ("task.target.teacher", repository, "HF_HUB_OFFLINE", str(tmp_path / "hub"), fix):
+        assert part in check.detail
+    (snapshot / "model.safetensors").touch()
+    check = look()
+    assert check.status == "ok"
+    assert f"{repository} is in the local cache" in check.detail
 
 
 def test_doctor_reports_a_recipe_that_is_not_valid(recipe: Path) -> None:

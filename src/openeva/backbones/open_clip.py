@@ -103,6 +103,15 @@ class Config(ComponentConfig):
             raise ValueError("random weights need the name of a model")
         return self
 
+    def hub_repository(self) -> str | None:
+        """Repository on the Hugging Face hub that the weights come from; None where they do not."""
+        if self.model is not None and self.model.startswith("hf-hub:"):
+            return self.model.removeprefix("hf-hub:").partition("@")[0]
+        if self.model is None or self.pretrained is None:
+            return None
+        tag = open_clip.get_pretrained_cfg(self.model, self.pretrained)  # {} where it is no tag
+        return tag.get("hf_hub", "").rpartition("/")[0] or None
+
     def build(self) -> "OpenClipBackbone":
         """Make the tower and load its weights.
 

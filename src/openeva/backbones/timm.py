@@ -65,6 +65,11 @@ class Config(ComponentConfig):
             raise ValueError(f"timm has no model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
         return model
 
+    def hub_repository(self) -> str | None:
+        """Repository on the Hugging Face hub that the weights come from; None where they do not."""
+        known = timm.get_pretrained_cfg(self.model) if self.weights == "pretrained" else None
+        return known.hf_hub_id.partition("@")[0] if known is not None and known.hf_hub_id else None
+
     def build(self) -> "TimmBackbone":
         """Make the model and load its weights.
 
