@@ -143,9 +143,16 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 _write_run_files(recipe, world)
             if resumed:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
+
+            def evaluate(step: int) -> Record:
+                record = evaluate_all(task, evals, held_out, state.ema)
+                for images in held_out.values():
+                    loader.broken.update(images.broken)  # named and counted with those met in training
+                return record
+
             status = run_loop(
-                task, loader, state, loop, world=world, checkpoints=checkpoints, log=log,
-                evaluate=lambda step: evaluate_all(task, evals, held_out, state.ema), stop_signal=stop,
+                task, loader, state, loop, world=world, checkpoints=checkpoints, log=log, evaluate=evaluate,
+                stop_signal=stop,
             )  # fmt: skip
             log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})
         if status == "finished":

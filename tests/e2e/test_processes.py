@@ -1,13 +1,16 @@
 """Two processes are one process with twice the accumulation, and read each other's checkpoints."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from e2e.toy import checkpoint, copy_until, join, recipe, start, train_here, train_in_processes
 from openeva.engine.log import read_log
@@ -18,7 +21,7 @@ ALIKE = ("loss", "grad_norm", "held_out_loss", "ema_held_out_loss", "skipped_ste
 
 
 def made(out: Path, *changes: str) -> Recipe:
-    """Two micro-batches of 4; clipping at work; 17 held-out images: 3 batches for one of two processes, 2 for the other."""
+    """Two micro-batches of 4; clipping at work; 17 held-out images: 3 batches for one process, 2 for the other."""
     return recipe(
         out, "run.micro_batch=4", "optim.clip_grad=0.3", "data.train.0.num_images=63", "data.holdout=0.27", *changes
     )
@@ -93,6 +96,22 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_in_both(strategy: str, tmp
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert checkpoint(two, 5)["optimizer.state.backbone.cls_token.step"].item() == 4
+
+
+def test_broken_files_of_all_processes_are_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / f"{number:02}.png")
+    for number in (3, 8, 13):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no image")
+    source = f"data.train=[{{name: image_folder, roots: [{tmp_path}]}}]"
+    changes = ("run.length=8 steps", "data.max_broken=1", "data.holdout=0", "run.evaluate_every=0 steps")
+    out = train_in_processes(recipe(tmp_path / "run", source, "run.batch_size=4", *changes), 2)
+    names = {str(tmp_path / f"{number:02}.png") for number in (3, 8, 13)}
+    assert set(json.loads((out / "summary.json").read_text())["broken"]) == names
+    text = (out / "log.jsonl").read_text()
+    assert [text.count(f"skipped a broken file: {name}") for name in names] == [1, 1, 1]
+    assert read_log(out)[-1]["broken_files"] == 3
 
 
 def train_until_stopped(content: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from e2e.toy import BASE, TEACHER, recipe
-from openeva.config import apply_overrides
+from e2e.toy import BASE, recipe
+from openeva.backbones import vit
+from openeva.config import ConfigError, apply_overrides
 from openeva.data.loader import TooManyBrokenError
 from openeva.engine.log import read_log
 from openeva.engine.state import CheckpointError
@@ -20,7 +22,7 @@ NO_EVALUATION = ("data.holdout=0", "run.evaluate_every=0 steps", "run.save_every
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty-four photographs, two of them broken."""
+    """Twenty-four pictures, two of them broken."""
     rng = np.random.default_rng(0)
     for number in range(24):
         path = tmp_path / "images" / f"class_{number % 2}" / f"{number}.jpg"
@@ -37,26 +39,22 @@ def of_folder(folder: Path, out: Path, *changes: str) -> Recipe:
 
 
 def test_eight_images_are_learnt_by_heart(tmp_path: Path) -> None:
-    changes = ["data.train.0.num_images=8", "data.crop={kind: center, hflip: 0}", "run.length=300 steps", "optim.lr=0.005",
-               "task.masking={name: alternate}", "optim.weight_decay=0", "optim.ema=null", "run.log_every=50 steps"]  # fmt: skip
+    changes = [
+        *("data.train.0.num_images=8", "data.crop={kind: center, hflip: 0}", "task.masking={name: alternate}"),
+        *("task.target.standardise=true", "optim.lr=0.005", "optim.weight_decay=0", "optim.ema=null"),
+        *("run.length=400 steps", "run.log_every=100 steps"),
+    ]
     train(recipe(tmp_path, *changes, *NO_EVALUATION))
     losses = [record["loss"] for record in read_log(tmp_path)]
-    assert losses[0] > -0.9
-    assert losses[-1] < -0.98  # the loss is minus the masked cosine
+    assert losses[0] > -0.8  # standardised: whoever does not see the image has a cosine near 0
+    assert losses[-1] < -0.9  # the loss is minus the masked cosine
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_learns_on_a_cpu(precision: str, tmp_path: Path) -> None:
     for name in (precision, "fp32"):
-        train(
-            recipe(
-                tmp_path / name,
-                "run.length=30 steps",
-                f"run.precision={name}",
-                "run.log_every=10 steps",
-                *NO_EVALUATION,
-            )
-        )
+        changes = ("run.length=30 steps", f"run.precision={name}", "run.log_every=10 steps")
+        train(recipe(tmp_path / name, *changes, *NO_EVALUATION))
     reduced, full = ([record["loss"] for record in read_log(tmp_path / name)] for name in (precision, "fp32"))
     assert reduced[-1] < reduced[0] - 0.1
     assert reduced == pytest.approx(full, abs=0.05)
@@ -67,15 +65,12 @@ def test_broken_files_are_skipped_named_and_counted(folder: Path, tmp_path: Path
     result = train(of_folder(folder, tmp_path / "run", "data.max_broken=0.5"))
     assert result.status == "finished"
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    held_out_broken = 2 - summary["broken_files"]
-    assert summary["broken_files"] in {1, 2}
-    assert held_out_broken in {0, 1}
+    assert summary["broken_files"] == 2  # 4.jpg is held out, 9.jpg is not
     messages = (tmp_path / "run/log.jsonl").read_text()
     for name in summary["broken"]:
         assert Path(name).name in {"4.jpg", "9.jpg"}
         assert f"skipped a broken file: {name}" in messages
     records = read_log(tmp_path / "run")
-    assert records[-1]["broken_files"] == summary["broken_files"]
     assert all(np.isfinite(record["held_out_loss"]) for record in records if "held_out_loss" in record)
 
 
@@ -87,11 +82,9 @@ def test_too_many_broken_files_stop_the_run_with_their_names(folder: Path, tmp_p
 def test_an_empty_folder_is_an_error_before_any_model_is_built(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from openeva.backbones import vit
-
     monkeypatch.setattr(vit.Config, "build", lambda self: pytest.fail("a model was built"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises((ValueError, OSError), match="empty"):
+    with pytest.raises(ConfigError, match=r"no images below .*empty"):
         train(of_folder(tmp_path / "empty", tmp_path / "run"))
 
 
@@ -119,11 +112,7 @@ def test_an_openeva_model_as_the_teacher(tmp_path: Path) -> None:
     )
     train(second)
     task = second.task.build()
-    assert task.target.width == 32 != TEACHER["width"]
-    learnt = torch.load  # the teacher's weights are those of the first run, not fresh ones
-    assert learnt is not None
-    from safetensors.torch import load_file
-
+    assert task.target.width == 32  # the file says how large it is
     weights = load_file(tmp_path / "first/model/model.safetensors")
     assert torch.equal(task.target.teacher.blocks[0].attn.qkv.weight, weights["backbone.blocks.0.attn.qkv.weight"])
     train(recipe(tmp_path / "third", "run.length=2 steps", "run.seed=5", *NO_EVALUATION))

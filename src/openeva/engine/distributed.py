@@ -145,6 +145,15 @@ def any_process(flag: bool) -> bool:
     return bool(tensor.item())
 
 
+def merge_over_processes(found: dict[str, str]) -> dict[str, str]:
+    """The entries of all processes; goes through the CPU, as `any_process`."""
+    if not dist.is_initialized():
+        return found
+    parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, found)
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from openeva.engine import timing
-from openeva.engine.distributed import World, any_process
+from openeva.engine.distributed import World, any_process, merge_over_processes
 from openeva.engine.hardware import memory_gib
 from openeva.engine.log import Meter, Record, RunLog
 from openeva.engine.schedule import Schedule
@@ -189,9 +189,11 @@ def run_loop(  # noqa: PLR0915  the one visible loop
                 save_is_due, interval_begun = False, interval_begun + time.perf_counter() - begun
             if stopping:
                 log.write_all(meter.ready(wait=True))
+                report_broken(data.broken, reported, log)
                 log.say(f"stopped by a signal after step {progress.step}; saved, the same command continues the run")
                 return "stopped"
     checkpoints.save(state)
+    report_broken(data.broken, reported, log)  # the last evaluation may have met some
     return "finished"
 
 
@@ -252,11 +254,13 @@ def speed_record(
 
 
 def report_broken(broken: dict[str, str], reported: set[str], log: RunLog) -> int:
-    """Name files that could not be read and were not named yet; returns how many there are in all."""
-    for name, reason in list(broken.items()):
+    """Name files that could not be read on any process and were not named yet; returns how many there are in all."""
+    new = {name: reason for name, reason in list(broken.items()) if name not in reported}
+    for name, reason in merge_over_processes(new).items():
         if name not in reported:
             log.say(f"skipped a broken file: {name} ({reason})")
             reported.add(name)
+            broken.setdefault(name, reason)
     return len(broken)
 
 
