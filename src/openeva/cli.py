@@ -219,9 +219,11 @@ def evaluate(
 @app.command()
 def report(run: Run) -> None:
     """Write the HTML report of a run."""
-    from openeva.report import write_report
+    from openeva.report import looking, write_report
 
-    say(str(write_report(run)))
+    with looking(stdout()) as progress:
+        file = write_report(run, progress=progress)
+    say(str(file))
 
 
 @app.command()
@@ -347,14 +349,14 @@ def data_index(
     from openeva.config import validate
     from openeva.data.file_index import cache_dir
     from openeva.data.sources.image_folder import Config as ImageFolder
+    from openeva.engine.log import scanning
 
     content: dict[str, Any] = {"roots": roots, "reindex": True}
     if extensions:
         content["extensions"] = extensions
     source = validate(ImageFolder, content)
-    console = stdout()
-    with console.status("scanning") as status:
-        opened = source.build(lambda files, folder: status.update(f"{files:,} images; now in {folder}"))
+    with scanning(stdout()) as progress:
+        opened = source.build(progress)
     say(f"{len(opened):,} images; the index is in {cache_dir()}")
 
 

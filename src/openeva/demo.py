@@ -27,7 +27,7 @@ from openeva.evals.knn import knn_scores
 from openeva.evals.linear_probe import probe
 from openeva.evals.masked_cosine import Config as MaskedCosineConfig
 from openeva.evaluate import OpenRun, open_run
-from openeva.report import Row, Table, Value, print_tables, read_results, write_report, write_results
+from openeva.report import Row, Table, Value, looking, print_tables, read_results, write_report, write_results
 from openeva.train import Recipe, RunResult, train
 
 FAST = (
@@ -72,8 +72,8 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     if not tables:
         tables = measure(out, console)
         write_results(out, tables)
-    with console.status("report"):
-        report = write_report(out)
+    with looking(console) as progress:
+        report = write_report(out, progress=progress)
     print_tables(tables, console)
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True, style="bold")
     console.print(

@@ -16,7 +16,7 @@ from openeva.config import Config, ConfigError, Eval, parse_yaml, validate
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.engine import distributed
 from openeva.engine.distributed import World
-from openeva.engine.log import Record
+from openeva.engine.log import Record, scanning
 from openeva.tasks.base import Task
 from openeva.train import Recipe, evaluate_all, held_out_loaders, prepare, train_loader
 
@@ -63,7 +63,8 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
         raise FileNotFoundError(f"{run} has no model yet: finish it with `openeva train {run / 'config.yaml'}`")
     world = distributed.start(recipe.run.device)
     torch.manual_seed(recipe.run.seed)
-    train_data, val_data = recipe.data.open()
+    with scanning(console) as progress:
+        train_data, val_data = recipe.data.open(progress)
     task: Task = recipe.task.build().to(world.device)
     prepare(recipe, task, train_data, world, console)
     if trained:

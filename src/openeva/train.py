@@ -23,7 +23,7 @@ from openeva.engine import distributed
 from openeva.engine.distributed import CompileMode, Strategy, World
 from openeva.engine.ema import Ema
 from openeva.engine.hardware import environment, peak_flops
-from openeva.engine.log import Record, RunLog, counting
+from openeva.engine.log import Record, RunLog, counting, scanning
 from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
@@ -108,7 +108,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
     try:
         split_batch(run, world)  # before anything is built
         seed_everything(run.seed)
-        train_data, val_data = recipe.data.open()
+        with scanning(console if world.is_main else None) as progress:
+            train_data, val_data = recipe.data.open(progress)
         task: Task = recipe.task.build().to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
@@ -130,8 +131,10 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         ema = Ema(distributed.unwrap(task.trainable), recipe.optim.ema) if recipe.optim.ema else None
         state = TrainState(task.trainable, optimizer, precision, Progress(), ema)
         checkpoints = Checkpoints(
-            run.out / "checkpoints", task.identity(), keep_last=run.keep_last, keep_every=lengths.steps(run.keep_every)
-        )
+            run.out / "checkpoints", task.identity(), keep_last=run.keep_last,
+            keep_every=lengths.steps(run.keep_every),
+            notes={"data": train_data.identity} if isinstance(train_data, Mixture) else None,
+        )  # fmt: skip
         evals = [config.build() for config in recipe.evals]
         loop, stop = loop_config(recipe, task, lengths, precision, world), StopSignal()
         with RunLog(
@@ -143,6 +146,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 _write_run_files(recipe, world)
             if resumed:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
+                for line in inexact(loader, checkpoints):
+                    log.say(line)
 
             def evaluate(step: int) -> Record:
                 record = evaluate_all(task, evals, held_out, state.ema)
@@ -241,6 +246,22 @@ class _Lengths:
             steps_per_epoch=self.steps_per_epoch, samples_per_step=self.batch_size, total_steps=self.total or None
         )
         return max(steps, 1) if duration.value else 0
+
+
+def inexact(loader: TrainLoader, checkpoints: Checkpoints) -> list[str]:
+    """Why a resumed run does not see the very samples that it would have seen without the stop; none where it does."""
+    reasons = []
+    if not loader.exact_resume:
+        reasons.append(
+            "pipes and URLs cannot be read from the middle: the epoch's shards start again at their beginning, in"
+            " another order, so that some samples are seen twice in this epoch and others not at all"
+        )
+    if "data" in checkpoints.changed:
+        reasons.append(
+            "the training images are not those of the checkpoint (files added, removed or moved, or another data.train"
+            " or data.holdout): from here on they come in another order, and data.holdout may hold out others"
+        )
+    return reasons
 
 
 def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precision, world: World) -> LoopConfig:

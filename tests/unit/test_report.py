@@ -18,7 +18,7 @@ from openeva.config import ConfigError, validate
 from openeva.data.loader import EvalLoader
 from openeva.evals.masked_cosine import Config as MaskedCosine
 from openeva.evaluate import open_run, read_run_recipe
-from openeva.report import Row, Table, Value, print_tables, read_results, write_report, write_results
+from openeva.report import Row, Table, Value, looking, print_tables, read_results, write_report, write_results
 from openeva.report.curves import MAX_POINTS, line_chart, number_text, series, tick_texts
 from openeva.report.look import LOOKED_AT, Look, NoPicturesError, Worst, look
 from openeva.report.page import duration, read_facts
@@ -434,3 +434,10 @@ def test_damaged_results_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"results\.json is not a file of results"):
         read_results(tmp_path)
+
+
+def test_how_far_a_report_is_is_shown_on_a_terminal() -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with looking(console) as progress:
+        progress(3, 10)
+    assert "looked at 3 of 10 images" in console.file.getvalue()

@@ -84,8 +84,14 @@ class ArrayFileWriter:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def append(self, name: str, data: bytes | npt.NDArray[Any]) -> None:
-        """Add to the end of an array. Arrays follow each other in the file: only the latest one can grow."""
+    def append(self, name: str, data: bytes | npt.NDArray[Any], *, counts: bool = True) -> None:
+        """Add to the end of an array. Arrays follow each other in the file: only the latest one can grow.
+
+        Args:
+            name: Of the array.
+            data: What to add.
+            counts: False leaves it out of `ArrayFile.content`.
+        """
         dtype = data.dtype.str if isinstance(data, np.ndarray) else "|u1"
         if name != self._last:
             assert name not in self._arrays, f"array {name} is already complete"
@@ -94,7 +100,8 @@ class ArrayFileWriter:
             self._last = name
         raw = data if isinstance(data, bytes) else data.tobytes()
         self._file.write(raw)
-        self._hash.update(raw)
+        if counts:
+            self._hash.update(raw)
         self._arrays[name]["bytes"] += len(raw)
 
     def commit(self, meta: dict[str, Any]) -> None:
@@ -291,7 +298,8 @@ class FileIndexWriter:
         folders.extend(self._paths)
         folders.finish()
         self._file.append("first", np.array(self._first, np.int64))
-        self._file.append("mtime", np.array(self._mtime, np.int64))
+        # other files than images change a folder too
+        self._file.append("mtime", np.array(self._mtime, np.int64), counts=False)
         self._file.append("group", np.array(self._group, np.int32))
         groups = [os.fsdecode(g) for g in list(self._groups)[1:]]
         self._file.commit({**meta, "num_files": self.num_files, "groups": groups, "created": time.time()})

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from openeva.config import Config, Source
 from openeva.data.decode import decode, to_rgb
+from openeva.data.file_index import Progress
 from openeva.data.mixture import Mixture, Streams, hold_out, open_sources
 from openeva.data.sampler import Order, permute, seed_of, seeds_of
 from openeva.data.sources.base import Sample
@@ -83,16 +84,19 @@ class DataConfig(Config):
             raise ValueError("num_workers is 0 or more, or 'auto'")
         return self
 
-    def open(self) -> tuple[Mixture | Streams, Mixture | None]:
+    def open(self, progress: Progress | None = None) -> tuple[Mixture | Streams, Mixture | None]:
         """Training and held-out samples; the latter None where neither `val` nor `holdout` is given.
+
+        Args:
+            progress: Told about the scan of sources that must be scanned first.
 
         Raises:
             ValueError: A source is empty, or its kind does not allow what is asked.
             OSError: A source is missing.
         """
-        train = open_sources(self.train)
+        train = open_sources(self.train, progress)
         if self.val:
-            val = open_sources(self.val)
+            val = open_sources(self.val, progress)
             if isinstance(val, Streams):
                 raise ValueError(
                     "val sources must be local files, not pipes or URLs: held-out samples are read by number"

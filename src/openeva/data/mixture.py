@@ -3,12 +3,15 @@
 source configs -> `open_sources` -> `Mixture` (index -> sample) or `Streams`.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from openeva.config import ComponentConfig
+from openeva.data.file_index import Progress
 from openeva.data.sampler import permute
 from openeva.data.sources.base import Sample, Source, StreamSource
 
@@ -23,6 +26,8 @@ class Mixture:
         sources: Numbered sources.
         weights: How often a sample of each source is seen per epoch, on average.
         num_classes: Number of label values, 0 without labels.
+        identity: Of each source in words; two mixtures of the same identity have the same samples in the same order, as
+            far as the sources can tell.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -32,6 +37,7 @@ class Mixture:
         self.sources = list(sources)
         self.weights = list(weights)
         self.num_classes = max(source.num_classes for source in sources)
+        self.identity = [f"{w:g} x {_identity(source)}" for w, source in zip(weights, sources, strict=True)]
         self._ends = np.cumsum([len(source) for source in sources])
 
     @property
@@ -56,11 +62,17 @@ class Mixture:
         return self.sources[number].read(index - start)
 
 
+def _identity(source: Source) -> str:
+    """What tells a source from another: its number of samples, and its own identity where it has one."""
+    return " ".join([f"{len(source)} samples", *filter(None, [getattr(source, "identity", "")])])
+
+
 class Part:
     """A seeded share of a source: the samples at positions `start` to `stop` of a fixed permutation."""
 
     def __init__(self, source: Source, start: int, stop: int) -> None:
         self.num_classes = source.num_classes
+        self.identity = f"{start} to {stop} of {_identity(source)}"
         self._source, self._start, self._stop = source, start, stop
 
     def __len__(self) -> int:
@@ -115,13 +127,22 @@ def _limited(source: Source | StreamSource, limit: int | None) -> Source | Strea
     return Part(source, 0, limit)
 
 
-def open_sources(configs: Sequence[ComponentConfig]) -> Mixture | Streams:
+def _build(config: ComponentConfig, progress: Progress | None) -> Any:
+    scans = "progress" in inspect.signature(config.build).parameters
+    return config.build(progress=progress) if scans else config.build()
+
+
+def open_sources(configs: Sequence[ComponentConfig], progress: Progress | None = None) -> Mixture | Streams:
     """Build sources of one kind: numbered ones as a `Mixture`, or streams.
+
+    Args:
+        configs: Of the sources.
+        progress: Told about the scan of those that must be scanned first.
 
     Raises:
         ValueError: None is given, one is empty, or numbered sources are mixed with streams.
     """
-    built = [_limited(config.build(), getattr(config, "limit", None)) for config in configs]
+    built = [_limited(_build(config, progress), getattr(config, "limit", None)) for config in configs]
     streams = [source for source in built if isinstance(source, StreamSource)]
     weights = [getattr(config, "weight", 1.0) for config in configs]
     if not streams:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -203,6 +204,16 @@ def counting(console: Console | None, text: str, total: int) -> Iterator[Callabl
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def scanning(console: Console | None) -> Iterator[Callable[[int, str], None] | None]:
+    """A line for data that must be scanned first: yields a function to call with the images found and the place."""
+    if console is None or not console.is_terminal:
+        yield None
+        return
+    with console.status("opening the data") as status:
+        yield lambda found, place: status.update(f"scanning: {found:,} images; now in {escape(place)}")
 
 
 def read_log(folder: Path) -> list[Record]:

@@ -95,11 +95,25 @@ class Checkpoints:
         identity: What a checkpoint must agree on with the run that continues it, by name (for example the teacher).
         keep_last: Number of newest checkpoints to keep.
         keep_every: Also keep those whose step is a multiple of this; 0 for none.
+        notes: What a checkpoint may differ in, by name, as JSON would give it back (for example the data).
+
+    Attributes:
+        changed: Names of the notes in which the checkpoint that was loaded differs from this run.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, keep_last: int = 2, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.identity = folder, identity
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.notes = notes or {}
+        self.changed: list[str] = []
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -139,6 +153,7 @@ class Checkpoints:
                 "format": 1,
                 "progress": asdict(state.progress),
                 "identity": self.identity,
+                "notes": self.notes,
                 "ema": state.ema is not None,
             }
             (temporary / "trainer.json").write_text(json.dumps(meta, indent=1))
@@ -168,6 +183,8 @@ class Checkpoints:
             meta = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
             found = FileSystemReader(path).read_metadata()
         self._check_identity(meta["identity"], path)
+        noted = meta.get("notes", {})
+        self.changed = [name for name, value in self.notes.items() if name in noted and noted[name] != value]
         if state.ema is not None and not meta["ema"]:
             raise CheckpointError(f"{path} has no averaged weights; set optim.ema=null, or start a new run folder")
         tensors = state.tensors()

@@ -4,7 +4,11 @@ run folder -> `page.read_facts` (recipe, environment, log, tables) and `look.loo
 -> `pictures`, `curves`, `tables` -> `page.page` -> `report.html`
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from rich.console import Console
 
 from openeva.checkpoints.files import write_atomically
 from openeva.config import ConfigError
@@ -13,10 +17,17 @@ from openeva.report.look import Look, Progress, look
 from openeva.report.page import Facts, page, read_facts
 from openeva.report.tables import Row, Table, Value, print_tables, read_results, write_results
 
-__all__ = ["Row", "Table", "Value", "print_tables", "read_results", "write_report", "write_results"]
+__all__ = ["Row", "Table", "Value", "looking", "print_tables", "read_results", "write_report", "write_results"]
 
 REPORT_FILE = "report.html"
 NUM_WORST = 12
+
+
+@contextmanager
+def looking(console: Console) -> Iterator[Progress]:
+    """A line while a report is written, where the console is a terminal: yields what `write_report` takes."""
+    with console.status("writing the report") as status:
+        yield lambda done, total: status.update(f"writing the report: looked at {done} of {total} images")
 
 
 def write_report(run: Path, *, num_images: int = 6, progress: Progress | None = None) -> Path:

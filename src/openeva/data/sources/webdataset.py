@@ -101,10 +101,6 @@ class Config(SourceConfig):
             raise ConfigError(
                 ["webdataset: samples_per_epoch is required for pipes, URLs and `stream: true`: they cannot be counted"]
             )
-        log.warning(
-            "pipes and URLs cannot be read from the middle: a run that is resumed within an epoch starts again at the "
-            "beginning of the epoch's shards (local shards resume at the same sample)"
-        )
         return WebDatasetStream(self, [*urls, *map(str, shards)], self.samples_per_epoch)
 
 

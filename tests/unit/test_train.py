@@ -1,0 +1,88 @@
+"""What a run says to whoever started it: scanning, and what a resumed run cannot do exactly."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from e2e.toy import recipe
+from openeva.data.mixture import open_sources
+from openeva.data.sources.image_folder import Config as ImageFolder
+from openeva.train import Recipe, train
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENEVA_CACHE", str(tmp_path / "cache"))
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(len(path.name))
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(path)
+    return path
+
+
+def made(tmp_path: Path, source: str, steps: int) -> Recipe:
+    return recipe(
+        tmp_path / "run", f"data.train=[{source}]", "data.holdout=0", f"run.length={steps} steps",
+        "run.evaluate_every=0 steps", "run.batch_size=2", "optim.warmup=0 steps",
+    )  # fmt: skip
+
+
+def messages(out: Path) -> list[str]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["message"] for line in lines if "message" in line]
+
+
+def test_a_resumed_run_says_when_its_images_have_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for number in range(6):
+        image(folder / f"{number}.png")
+    source = f"{{name: image_folder, roots: {folder}}}"
+    train(made(tmp_path, source, 1))
+    (folder / "notes.txt").touch()  # the folder is scanned again, the images are the same
+    train(made(tmp_path, source, 2))
+    said = messages(tmp_path / "run")
+    assert any("after step 1 of 2" in text for text in said)
+    assert not any("images are not those" in text for text in said)
+    image(folder / "new.png")
+    result = train(made(tmp_path, source, 3))
+    assert (result.status, result.step) == ("finished", 3)
+    assert sum("images are not those of the checkpoint" in text for text in messages(tmp_path / "run")) == 1
+
+
+def test_a_run_on_a_stream_says_only_when_resumed_that_this_is_not_exact(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number in range(8):
+            shard.add(image(tmp_path / "images" / f"{number}.png"), f"{number}.png")
+    source = f"{{name: webdataset, shards: {tmp_path / 'a.tar'}, stream: true, samples_per_epoch: 8}}"
+    train(made(tmp_path, source, 1))
+    assert messages(tmp_path / "run") == []
+    train(made(tmp_path, source, 2))
+    assert sum("cannot be read from the middle" in text for text in messages(tmp_path / "run")) == 1
+
+
+def test_the_scan_of_a_folder_is_shown_on_a_terminal(tmp_path: Path) -> None:
+    image(tmp_path / "[bold] images" / "1.png")
+    image(tmp_path / "[bold] images" / "2.png")
+    console = Console(force_terminal=True, file=io.StringIO(), width=400)
+    train(made(tmp_path, f"{{name: image_folder, roots: '{tmp_path / '[bold] images'}'}}", 1), console=console)
+    assert f"scanning: 2 images; now in {tmp_path / '[bold] images'}" in console.file.getvalue()
+
+
+def test_parts_of_a_source_are_told_apart(tmp_path: Path) -> None:
+    for number in range(6):
+        image(tmp_path / "images" / f"{number}.png")
+    whole, half, weighted = (
+        open_sources([ImageFolder(roots=[tmp_path / "images"], **keys)]).identity
+        for keys in ({}, {"limit": 3}, {"weight": 2.0})
+    )
+    assert whole == open_sources([ImageFolder(roots=[tmp_path / "images"])]).identity
+    assert whole != half
+    assert whole != weighted
