@@ -16,6 +16,7 @@ from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -72,7 +73,7 @@ def probe(
         )
     binary = len(classes) == 2
     regression = LogisticRegressionCV(
-        Cs=np.logspace(-5, 0, 6), cv=folds, scoring="roc_auc" if binary else "accuracy", max_iter=max_iterations,
+        Cs=np.logspace(-5, 0, 6), cv=StratifiedKFold(folds, shuffle=True, random_state=0), scoring="roc_auc" if binary else "accuracy", max_iter=max_iterations,
         l1_ratios=(0.0,), use_legacy_attributes=False,
     )  # fmt: skip
     model = make_pipeline(StandardScaler(), regression)
