@@ -344,14 +344,14 @@ def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: W
         "step": state.progress.step,
         "environment": environment(world.device),
     }
+    if state.ema is not None:  # first: where `folder` is complete, everything is
+        with state.ema.applied():
+            tensors = parameter_tensors(task.trainable)
+            if world.is_main:
+                save_native(folder.with_name(folder.name + "_ema"), tensors, config)
     tensors = parameter_tensors(task.trainable)
     if world.is_main:
         save_native(folder, tensors, config)
-    if state.ema is not None:
-        with state.ema.applied():
-            tensors = parameter_tensors(task.trainable)
-        if world.is_main:
-            save_native(folder.with_name(folder.name + "_ema"), tensors, config)
     distributed.barrier()
 
 

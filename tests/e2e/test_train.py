@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from e2e.toy import BASE, recipe
+from e2e.toy import BASE, checkpoint, differences, recipe
 from openeva.backbones import vit
 from openeva.config import ConfigError, apply_overrides
 from openeva.data.loader import TooManyBrokenError
@@ -48,6 +48,16 @@ def test_eight_images_are_learnt_by_heart(tmp_path: Path) -> None:
     losses = [record["loss"] for record in read_log(tmp_path)]
     assert losses[0] > -0.8  # standardised: whoever does not see the image has a cosine near 0
     assert losses[-1] < -0.9  # the loss is minus the masked cosine
+
+
+def test_both_exported_models_are_those_of_the_last_checkpoint(tmp_path: Path) -> None:
+    train(recipe(tmp_path, "run.length=4 steps", *NO_EVALUATION))
+    last = checkpoint(tmp_path, 4)
+    for name, prefix in (("model", "model."), ("model_ema", "ema.")):
+        expected = {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
+        exported = load_file(tmp_path / name / "model.safetensors")
+        assert differences(exported, {key: expected[key] for key in exported}) == []
+    assert differences(*(load_file(tmp_path / name / "model.safetensors") for name in ("model", "model_ema")))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

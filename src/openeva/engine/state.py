@@ -319,6 +319,6 @@ def _check_tensors(wanted: dict[str, Any], found: Metadata, path: Path) -> None:
 
 
 def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Full, unsharded weights on the CPU (collective), for export."""
+    """Full, unsharded weights on the CPU (collective), for export; on a CPU they are the module's own, not copies."""
     tensors = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
