@@ -134,6 +134,7 @@ def test_missing_and_empty_folders_are_named_all_at_once(tmp_path: Path) -> None
         build(tmp_path / "nowhere", tmp_path, file)
     assert len(error.value.problems) == 2
     assert f"{tmp_path / 'nowhere'} does not exist" in str(error.value)
+    assert "data.train.0.roots=PATH" in str(error.value)
     assert f"{file} is a file" in str(error.value)
     put(tmp_path / "empty", "x.txt")
     with pytest.raises(ConfigError, match=r"no images below .*/empty; files must end in \.jpg"):

@@ -285,6 +285,33 @@ def test_a_limit_takes_samples_from_everywhere():
     assert 350 < np.mean(seen) < 650
 
 
+def test_parts_of_an_evaluation_are_its_samples():
+    whole = EvalLoader(mixture(Colours(100)), PLAIN, CropConfig(), batch_size=8, limit=40)
+    shares = [[n for batch in whole.part(rank=rank, world_size=3) for n in numbers(batch)] for rank in range(3)]
+    assert sorted(n for share in shares for n in share) == sorted(n for batch in whole for n in numbers(batch))
+    assert {n for batch in whole.part(limit=10) for n in numbers(batch)} < {n for share in shares for n in share}
+    assert whole.part(limit=10).num_samples == 10
+    assert whole.part(limit=10).identity == whole.identity
+    others = [
+        EvalLoader(mixture(Colours(99)), PLAIN, CropConfig(), batch_size=8),
+        EvalLoader(mixture(Colours(100)), MASKED, CropConfig(hflip=0.0), batch_size=8),
+        EvalLoader(mixture(Colours(100)), ViewSpec((16, 16), (32, 32)), CropConfig(), batch_size=8),
+    ]
+    assert len({str(the_loader.identity) for the_loader in [whole, *others]}) == 4
+
+
+@pytest.mark.parametrize("limit", [None, 10**12])
+def test_the_first_batch_of_very_many_samples_comes_at_once(limit):
+    """A list of all requests would not fit into memory."""
+
+    class Huge(Colours):
+        def read(self, index):
+            return Sample(Image.new("RGB", (20, 20)), str(index), 3)
+
+    the_loader = EvalLoader(mixture(Huge(2 * 10**12)), PLAIN, CropConfig(), batch_size=4, limit=limit)
+    assert next(iter(the_loader))["label"].tolist() == [3] * 4
+
+
 # --------------------------------------------------------------------------------------------------- streams
 
 

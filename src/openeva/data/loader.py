@@ -441,8 +441,8 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every sample exactly once over all ranks, the same order and masks at each iteration.
 
-    The ranks' shares differ by at most one sample and nothing is padded; so the number of batches may differ too. Files
-    that cannot be read are left out and counted. The last batch is smaller where the number does not divide.
+    The ranks' shares differ by at most one sample and nothing is padded; so the number of batches may differ too, and
+    the last one be smaller. Files that cannot be read are left out and counted.
     """
 
     def __init__(
@@ -460,8 +460,8 @@ class EvalLoader(_Loader):
         max_broken: float = 0.01,
     ) -> None:
         """See `TrainLoader`; `limit` takes that many samples, chosen at random but always the same."""
-        self._maker = _BatchMaker(spec, crop)
-        self._source, self._batch_size, self._rank, self._world_size = source, batch_size, rank, world_size
+        self._source, self._maker = source, _BatchMaker(spec, crop)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.num_samples = len(source) if limit is None else min(limit, len(source))
         """Samples of all ranks together."""
         super().__init__(num_workers, prefetch, max_broken, min(_FEWEST_READS, self.num_samples))
@@ -470,11 +470,29 @@ class EvalLoader(_Loader):
         """Batches of this rank."""
         return len(range(self._rank, self.num_samples, self._world_size * self._batch_size))
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the pixels depend on, as JSON values: samples (as far as the sources can tell), crop and sizes."""
+        spec, crop = self._maker.spec, self._maker.crop.model_dump(mode="json")
+        return {"data": self._source.identity, "crop": crop, "sizes": [[*spec.image_size], [*(spec.target_size or ())]]}
+
+    def part(self, *, limit: int | None = None, rank: int = 0, world_size: int = 1) -> "EvalLoader":
+        """The same views of some of the samples: of `limit` ones (a seeded choice), the share of one process."""
+        return EvalLoader(
+            self._source, self._maker.spec, self._maker.crop, batch_size=self._batch_size, rank=rank,
+            world_size=world_size, limit=min(limit or self.num_samples, self.num_samples),
+            num_workers=self._num_workers, prefetch=self._prefetch, max_broken=self._max_broken,
+        )  # fmt: skip
+
     def __iter__(self) -> Iterator[Batch]:
-        mine = np.arange(self._rank, self.num_samples, self._world_size)
-        if self.num_samples < len(self._source):
-            mine = permute(mine, len(self._source), seeds_of(0, np.zeros_like(mine)))
-        requests = [mine[i : i + self._batch_size].tolist() for i in range(0, len(mine), self._batch_size)]
-        for batch in self._load(_EvalBatches(self._source, self._maker), requests):
+        for batch in self._load(_EvalBatches(self._source, self._maker), self._requests()):
             if len(batch["index"]):
                 yield batch
+
+    def _requests(self) -> Iterator[list[int]]:
+        """Samples of each batch, one batch at a time: a list of all would take gigabytes for 30 million samples."""
+        for first in range(self._rank, self.num_samples, step := self._world_size * self._batch_size):
+            mine = np.arange(first, min(first + step, self.num_samples), self._world_size)
+            if self.num_samples < len(self._source):
+                mine = permute(mine, len(self._source), seeds_of(0, np.zeros_like(mine)))
+            yield mine.tolist()

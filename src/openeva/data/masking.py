@@ -3,8 +3,7 @@
 `random.Random` -> generator of a patch grid -> boolean mask `[y, x]`, true = masked.
 
 Source: the block-wise generator follows the official one call by call (area, log-aspect, top, left), so that equal
-    seeds
-give equal masks. Paper: BEiT (arXiv 2106.08254), algorithm 1; EVA (arXiv 2211.07636), section 2.2.
+seeds give equal masks. Paper: BEiT (arXiv 2106.08254), algorithm 1; EVA (arXiv 2211.07636), section 2.2.
 """
 
 import math

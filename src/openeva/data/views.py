@@ -11,7 +11,7 @@ at most two levels of 255 away from it; normalisation happens on the device, so 
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -60,8 +60,7 @@ class CropConfig(Config):
 
     Attributes:
         kind: "random" = mirror, then random resized crop; "center" = shorter side resized to `size / crop_pct`, then
-            the
-            centre: the same pixels every time, for evaluation and for cached teacher features.
+            the centre: the same pixels every time, for evaluation and for cached teacher features.
         scale: Share of the image's area that a random crop covers, (least, largest).
         ratio: Width / height of a random crop, (least, largest).
         hflip: Probability of mirroring.
@@ -148,6 +147,12 @@ def _resize(image_CYX: UInt8[Tensor, "3 Y X"], size: tuple[int, int], mode: str)
     if image_CYX.shape[1:] == size:
         return image_CYX
     return interpolate(image_CYX[None], size, mode=mode, antialias=True, align_corners=False)[0]
+
+
+def target_pixels(batch: dict[str, Any]) -> UInt8[Tensor, "B 3 Y X"]:
+    """The copy of the crop that a target looks at: its own where a batch of the loader has one, else the model's."""
+    pixels_BCYX: Tensor = batch["target_image"] if "target_image" in batch else batch["image"]
+    return pixels_BCYX
 
 
 def normalise(

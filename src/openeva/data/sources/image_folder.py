@@ -7,7 +7,7 @@ walk: files of a folder before its sub-folders. Several roots are concatenated; 
 others, list several sources of this kind, each with its `weight`.
 
 Source: the official reader sorts, follows links and accepts the same extensions; it takes first-level folders as
-    classes always, here only where `labels` asks for it, and an empty class folder keeps its number.
+classes always, here only where `labels` asks for it, and an empty class folder keeps its number.
 """
 
 from pathlib import Path
@@ -76,7 +76,10 @@ def _root_problem(root: Path) -> str | None:
         return None
     if root.exists():
         return f"image_folder: root {root} is a file; give a folder of images"
-    return f"image_folder: root {root} does not exist; check the path, and that its disk is mounted"
+    return (
+        f"image_folder: root {root} does not exist; say where the images are, as in `data.train.0.roots=PATH`,"
+        " and check that the disk is mounted"
+    )
 
 
 def _class_names(index: FileIndex, labels: bool | Literal["auto"], classes: list[str] | None) -> list[str]:
