@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 
 from e2e.toy import checkpoint, copy_until, join, recipe, start, train_here, train_in_processes
+from openeva.engine import distributed, state
 from openeva.engine.log import read_log
+from openeva.engine.optim import OptimConfig, adamw
+from openeva.engine.precision import Precision
+from openeva.engine.state import Progress, TrainState
 from openeva.tasks.pretrain import PretrainTask
 from openeva.train import Recipe
 
@@ -71,15 +75,15 @@ def test_continued_on_another_number_of_processes(size: int, alone: Path, sharde
 
 
 def train_with_a_bad_step(content: dict[str, Any]) -> None:
-    """One process sees a loss that is not a number in its third step."""
+    """One process sees a loss that is not a number in two steps; in the first of them its gradient is fine."""
     forward, calls = PretrainTask.forward, [0]
 
     def bad_forward(self: PretrainTask, batch: dict[str, Any]) -> Any:
         loss, scalars = forward(self, batch)
         calls[0] += self.training
         accumulation = 2 // int(os.environ["WORLD_SIZE"])
-        third_step = self.training and (calls[0] - 1) // accumulation == 2
-        return loss * (float("nan") if third_step and os.environ["RANK"] == "0" else 1.0), scalars
+        step = (calls[0] - 1) // accumulation if self.training and os.environ["RANK"] == "0" else None
+        return {2: loss + float("nan"), 3: loss * float("nan")}.get(step, loss), scalars
 
     PretrainTask.forward = bad_forward  # type: ignore[method-assign]
     train_here(content)
@@ -91,11 +95,11 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_in_both(strategy: str, tmp
     one = train_in_processes(made(tmp_path / "one", *changes), 1, train_with_a_bad_step)
     two = train_in_processes(made(tmp_path / "two", *changes, f"run.strategy={strategy}"), 2, train_with_a_bad_step)
     skipped = [[record["skipped_steps"] for record in read_log(out)] for out in (one, two)]
-    assert skipped == [[0, 0, 1, 1, 1]] * 2
+    assert skipped == [[0, 0, 1, 2, 2]] * 2
     losses = [[record["loss"] for record in read_log(out) if record["loss"] is not None] for out in (one, two)]
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
-    assert checkpoint(two, 5)["optimizer.state.backbone.cls_token.step"].item() == 4
+    assert checkpoint(two, 5)["optimizer.state.backbone.cls_token.step"].item() == 3
 
 
 def test_broken_files_of_all_processes_are_named(tmp_path: Path) -> None:
@@ -112,6 +116,24 @@ def test_broken_files_of_all_processes_are_named(tmp_path: Path) -> None:
     text = (out / "log.jsonl").read_text()
     assert [text.count(f"skipped a broken file: {name}") for name in names] == [1, 1, 1]
     assert read_log(out)[-1]["broken_files"] == 3
+
+
+def save_fails(folder: str, rank: int) -> None:
+    """A process that cannot write, among two: both say so instead of waiting for each other."""
+    distributed.start("cpu")
+    module = torch.nn.Linear(2, 2)
+    optimizer = adamw(module, OptimConfig(), no_decay=set(), num_layers=0)
+    training = TrainState(module, optimizer, Precision("fp32", torch.device("cpu")), Progress())
+    if os.environ["RANK"] == str(rank):
+        state._random_state = lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(state.CheckpointError, match=r"cannot write .*No space left on device"):
+        state.Checkpoints(Path(folder), {}).save(training)
+    distributed.stop()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_cannot_save_does_not_leave_the_other_waiting(rank: int, tmp_path: Path) -> None:
+    join(start(save_fails, str(tmp_path / "checkpoints"), rank, size=2, errors=tmp_path), tmp_path, timeout_s=30)
 
 
 def train_until_stopped(content: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ def test_meter_means_leave_skipped_steps_out() -> None:
     meter.add({"loss": scalar(1.0)}, skipped=scalar(0.0))
     meter.add({"loss": scalar(float("nan"))}, skipped=scalar(1.0))
     meter.add({"loss": scalar(4.0)}, skipped=scalar(0.0))
+    meter.add({"loss": scalar(100.0)}, skipped=scalar(1.0))  # its gradient was not finite
     meter.flush({"step": 3}, {"bad": scalar(1.0)})
     meter.add({"loss": scalar(10.0)}, skipped=scalar(0.0))
     meter.flush({"step": 4}, {"bad": scalar(1.0)})
