@@ -49,7 +49,9 @@ class RunConfig(Config):
     evaluate_every: Duration = Duration(1, "epochs")
     save_every: Duration = Duration(1, "epochs")
     keep_last: int = Field(2, gt=0, description="newest checkpoints to keep")
-    keep_every: Duration = Field(Duration(0, "steps"), description="also keep one every so often; 0 for none")
+    keep_every: Duration = Field(
+        Duration(0, "steps"), description="also keep the first one after each such stretch; 0 for none"
+    )
     max_bad_in_a_row: int = Field(20, gt=0, description="non-finite steps before returning to the last checkpoint")
     eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
     wandb: str | None = Field(None, description="also log to this W&B project")
@@ -148,6 +150,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
                 for line in inexact(loader, checkpoints):
                     log.say(line)
+                if checkpoints.changed_settings:
+                    log.say(f"the optimizer differs from the checkpoint's: {'; '.join(checkpoints.changed_settings)}")
 
             def evaluate(step: int) -> Record:
                 record = evaluate_all(task, evals, held_out, state.ema)

@@ -51,6 +51,13 @@ def test_applied_only_within_the_context() -> None:
     torch.testing.assert_close(module.weight.detach(), averaged + 1)
 
 
+def test_goes_by_the_names_of_the_module_itself() -> None:
+    assert list(Ema(nn.Sequential().append(nn.ModuleDict({"module": nn.Linear(2, 3)})), 0.5).state_dict()) == [
+        "0.module.weight", "0.module.bias",
+    ]  # fmt: skip
+    assert list(Ema(nn.ModuleDict({"module": nn.Linear(2, 3)}), 0.5).state_dict()) == ["module.weight", "module.bias"]
+
+
 def test_continues_from_its_state() -> None:
     module = nn.Linear(2, 3)
     one, other = Ema(module, 0.9), Ema(module, 0.9)

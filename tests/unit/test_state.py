@@ -16,10 +16,13 @@ from openeva.engine.precision import Precision
 from openeva.engine.state import CheckpointError, Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 
 
-def made(width: int = 4, *, depth: int = 1, ema: bool = True, seed: int = 0, precision: str = "fp32") -> TrainState:
+def made(
+    width: int = 4, *, depth: int = 1, ema: bool = True, seed: int = 0, precision: str = "fp32",
+    optim: OptimConfig | None = None,
+) -> TrainState:  # fmt: skip
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(3, width), *[nn.Linear(width, width) for _ in range(depth)])
-    optimizer = adamw(module, OptimConfig(), no_decay=set(), num_layers=0)
+    optimizer = adamw(module, optim or OptimConfig(), no_decay=set(), num_layers=0)
     state = TrainState(module, optimizer, Precision(precision, torch.device("cpu")), Progress())
     if ema:
         state.ema = Ema(module, 0.5)
@@ -79,6 +82,27 @@ def test_a_full_disk_is_named_and_costs_nothing(tmp_path: Path, monkeypatch: pyt
     assert checkpoints.steps() == [1]
 
 
+@pytest.mark.parametrize("part", ["folder", "random state", "words", "flush", "rename"])
+def test_whatever_cannot_be_written_is_named(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, checkpoints = trained(made()), Checkpoints(tmp_path, {})
+    checkpoints.save(state)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        target = {
+            "folder": (Path, "mkdir"), "random state": (state_module, "_random_state"),
+            "words": (Path, "write_text"), "flush": (state_module, "_flush"), "rename": (Path, "rename"),
+        }[part]  # fmt: skip
+        patch.setattr(*target, fail)
+        with pytest.raises(CheckpointError, match=r"cannot write .*step_00000002.*No space left on device"):
+            checkpoints.save(trained(state))
+    assert checkpoints.steps() == [1]
+    checkpoints.save(state)
+    assert checkpoints.steps() == [1, 2]
+
+
 def test_nothing_there() -> None:
     assert Checkpoints(Path("nowhere"), {}).load(made()) is False
     assert Checkpoints(Path("nowhere"), {}).steps() == []
@@ -107,6 +131,27 @@ def test_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
         checkpoints.save(trained(state))
     assert checkpoints.steps() == [3, 6, 7, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_keeps_the_first_of_each_stretch_where_the_cadences_do_not_divide(tmp_path: Path) -> None:
+    state, checkpoints = made(), Checkpoints(tmp_path, {}, keep_last=1, keep_every=10)
+    for step in range(4, 44, 4):
+        state.progress.step = step
+        checkpoints.save(state)
+    assert checkpoints.steps() == [12, 20, 32, 40]
+
+
+def test_the_settings_of_the_optimizer_are_those_of_the_run(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, {}).save(trained(made(), 2))
+    same, other = made(), made(optim=OptimConfig(betas=(0.5, 0.6), eps=0.1, weight_decay=0.3))
+    checkpoints = Checkpoints(tmp_path, {})
+    assert checkpoints.load(same)
+    assert checkpoints.changed_settings == []
+    assert checkpoints.load(other)
+    assert checkpoints.changed_settings == ["betas: (0.9, 0.98), now (0.5, 0.6)", "eps: 1e-06, now 0.1"]
+    for group in other.optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.5, 0.6), 0.1)
+    assert [value["step"].item() for value in other.optimizer.state.values()] == [2] * 4  # the moments are kept
 
 
 class Crash(BaseException):

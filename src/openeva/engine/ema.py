@@ -44,7 +44,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by parameter name."""
-        return {name.removeprefix("module."): value for name, value in zip(self.names, self.averages, strict=True)}
+        return dict(zip(self.names, self.averages, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from openeva.engine.distributed import barrier
+from openeva.engine.distributed import merge_over_processes
 from openeva.engine.ema import Ema
 from openeva.engine.precision import Precision
 
+SCHEDULED = {"lr", "weight_decay"}
+"""Settings of the optimizer that the loop writes at every step."""
 STEP_FOLDER = re.compile(r"step_(\d{8,})$")
 
 
@@ -77,14 +80,27 @@ class TrainState:
             state["ema"] = self.ema.state_dict()
         return state
 
-    def set_tensors(self, state: dict[str, Any]) -> None:
-        """Take over what `tensors()` gave, after loading."""
+    def set_tensors(self, state: dict[str, Any]) -> list[str]:
+        """Take over what `tensors()` gave, after loading, but for the optimizer's settings: those are the run's own.
+
+        Returns:
+            The settings that differed, less those that follow a schedule.
+        """
+        groups = self.optimizer.param_groups
+        own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        different: dict[str, None] = {}
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            for key, value in settings.items():
+                if key not in SCHEDULED and key in group and group[key] != value:
+                    different[f"{key}: {group[key]}, now {value}"] = None
+            group.update(settings)
         self.precision.load_state_dict(state["precision"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        return list(different)
 
 
 class Checkpoints:
@@ -94,11 +110,12 @@ class Checkpoints:
         folder: Holds the step folders.
         identity: What a checkpoint must agree on with the run that continues it, by name (for example the teacher).
         keep_last: Number of newest checkpoints to keep.
-        keep_every: Also keep those whose step is a multiple of this; 0 for none.
+        keep_every: Also keep the first checkpoint at or after each multiple of so many steps; 0 for none.
         notes: What a checkpoint may differ in, by name, as JSON would give it back (for example the data).
 
     Attributes:
         changed: Names of the notes in which the checkpoint that was loaded differs from this run.
+        changed_settings: Settings of the optimizer in which it differed, as "name: its value, now this run's".
     """
 
     def __init__(
@@ -114,6 +131,7 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.notes = notes or {}
         self.changed: list[str] = []
+        self.changed_settings: list[str] = []
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -129,42 +147,42 @@ class Checkpoints:
         """Write a checkpoint (collective: all processes call it) and remove those that need not be kept.
 
         Raises:
-            CheckpointError: It cannot be written (disk full); those before it are untouched.
+            CheckpointError: It cannot be written (disk full), on whichever process; those before it are untouched.
         """
         final = self.path(state.progress.step)
         if final.is_dir():
             return final
         temporary = self.folder / f".{final.name}.partial"
         rank = dist.get_rank() if dist.is_initialized() else 0
-        if rank == 0:
-            self._clean_up()
-            temporary.mkdir(parents=True)
-        barrier()
-        try:
-            with _alone_is_fine():
-                save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            raise CheckpointError(
-                f"cannot write {temporary} ({_cause(error)}); the checkpoints before it stay"
-            ) from error
-        torch.save(_random_state(), temporary / f"rng_{rank}.pt")
-        if rank == 0:
-            meta = {
-                "format": 1,
-                "progress": asdict(state.progress),
-                "identity": self.identity,
-                "notes": self.notes,
-                "ema": state.ema is not None,
-            }
-            (temporary / "trainer.json").write_text(json.dumps(meta, indent=1))
-        _flush(temporary)
-        barrier()
-        if rank == 0:
-            temporary.rename(final)
-            _flush_folder(self.folder)
-            self._remove_old()
-        barrier()
+        with _together(temporary):
+            if rank == 0:
+                self._clean_up()
+                temporary.mkdir(parents=True)
+        with _together(temporary), _alone_is_fine():
+            save_tensors(state.tensors(), checkpoint_id=temporary, no_dist=not dist.is_initialized())  # flushes
+        with _together(temporary):
+            own = [temporary / f"rng_{rank}.pt"]
+            torch.save(_random_state(), own[0])
+            if rank == 0:
+                own.append(temporary / "trainer.json")
+                own[1].write_text(json.dumps(self._meta(state), indent=1), encoding="utf-8")
+            _flush(own)
+        with _together(temporary):
+            if rank == 0:
+                _flush_folder(temporary)
+                temporary.rename(final)
+                _flush_folder(self.folder)
+                self._remove_old()
         return final
+
+    def _meta(self, state: TrainState) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "progress": asdict(state.progress),
+            "identity": self.identity,
+            "notes": self.notes,
+            "ema": state.ema is not None,
+        }
 
     def load(self, state: TrainState, step: int | None = None) -> bool:
         """Continue from a step's checkpoint (collective); by default the latest.
@@ -195,7 +213,7 @@ class Checkpoints:
             load_tensors(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
             if own.is_file():  # absent where the run now has more processes: those keep their fresh state
                 random_state = torch.load(own, weights_only=True)
-        state.set_tensors(tensors)
+        self.changed_settings = state.set_tensors(tensors)
         for key, value in meta["progress"].items():
             setattr(state.progress, key, value)
         if random_state is not None:
@@ -217,8 +235,10 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _remove_old(self) -> None:
-        for step in self.steps()[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0):
+        steps = self.steps()
+        for previous, step in pairwise([0, *steps[: -self.keep_last]]):
+            # the cadence of saving need not divide that of keeping, and a save may have come late
+            if not (self.keep_every and step // self.keep_every > previous // self.keep_every):
                 doomed = self.folder / f".step_{step:08d}.old"  # renamed first: never half a folder under a valid name
                 self.path(step).rename(doomed)
                 shutil.rmtree(doomed)
@@ -253,11 +273,10 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
-def _flush(folder: Path) -> None:
-    for file in folder.iterdir():
+def _flush(files: list[Path]) -> None:
+    for file in files:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -274,6 +293,21 @@ def _alone_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield
+
+
+@contextmanager
+def _together(path: Path) -> Iterator[None]:
+    """A part of saving after which all processes wait for each other; what fails on one of them fails on all."""
+    failure: Exception | CheckpointException | None = None
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        failure = error
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    causes = merge_over_processes({} if failure is None else {str(rank): _cause(failure)})
+    if causes:
+        first = next(iter(causes.values()))
+        raise CheckpointError(f"cannot write {path} ({first}); the checkpoints before it stay") from failure
 
 
 @contextmanager
