@@ -6,6 +6,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,10 @@ from openeva.backbones.base import Backbone, Features, Normalisation
 from openeva.config import ComponentConfig
 from openeva.data import feature_cache
 from openeva.data.feature_cache import CacheWriter, FeatureCache, finish
-from openeva.data.views import normalise
+from openeva.data.loader import EvalLoader
+from openeva.data.mixture import Mixture
+from openeva.data.sources.base import Sample
+from openeva.data.views import CropConfig, ViewSpec, normalise
 from openeva.losses.cosine import negative_cosine
 from openeva.targets.features import Config
 
@@ -55,8 +59,9 @@ def pixel_target(grid=(4, 4), teacher=None, **options):
 class Images(list):
     """Batches as the evaluation loader gives them."""
 
-    def __init__(self, image_BCYX, index_B, batch_size=4, flip=False):
+    def __init__(self, image_BCYX, index_B, batch_size=4, flip=False, data="these"):
         self.num_samples = len(image_BCYX)
+        self.identity = {"data": data}
         self.passes = 0
         super().__init__(
             {"image": image, "index": index, "flip": torch.full((len(index),), flip)}
@@ -66,6 +71,15 @@ class Images(list):
     def __iter__(self):
         self.passes += 1
         return super().__iter__()
+
+    def part(self, *, limit=None, rank=0, world_size=1):
+        whole = {key: torch.cat([batch[key] for batch in self]) for key in self[0]}
+        chosen = slice(rank, limit, world_size)
+        part = Images(whole["image"][chosen], whole["index"][chosen], flip=bool(whole["flip"].any()))
+        if "target_image" in whole:
+            for number, target_image in enumerate(whole["target_image"][chosen].split(4)):
+                part[number]["target_image"] = target_image
+        return part
 
 
 def some_images(seed=0, num=10, size=32):
@@ -196,7 +210,26 @@ def test_identity_says_what_is_predicted():
     ]
     assert len(set(identities)) == 4
     assert identities[0] == Config(teacher=VIT, precision="fp32").build((4, 4)).identity
+    others = [
+        Config(teacher=VIT, image_size=96),
+        Config(teacher=VIT | {"layer": 3}),
+        Config(teacher=VIT | {"norm": False}),
+        Config(teacher=VIT | {"statistics": "clip"}),
+        Config(teacher=VIT, resize="bicubic"),
+    ]
+    assert len({*identities, *(other.build((4, 4)).identity for other in others)}) == 9
     assert identities[2] == Config(teacher=VIT, layer=-9).build((4, 4)).identity
+
+
+def test_identity_tells_random_transformers_of_our_own_apart():
+    teacher = {"name": "vit", "image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2} | {
+        "mlp_hidden": 64
+    }
+    identities = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        identities.append(Config(teacher=teacher).build((4, 4)).identity)
+    assert identities[0] == identities[2] != identities[1]
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -217,6 +250,28 @@ def test_standardised_channels_have_mean_0_and_deviation_1(tmp_path, cache):
     torch.testing.assert_close(target_MV.mean(0), torch.zeros(3), rtol=0, atol=2e-3)
     torch.testing.assert_close(target_MV[:, :2].std(0), torch.ones(2), rtol=1e-2, atol=0)
     torch.testing.assert_close(target_MV[:, 2], torch.zeros(len(target_MV)), rtol=0, atol=2e-3)
+
+
+class Greys:
+    """Images of one grey each, brighter from one to the next, as folders are often sorted."""
+
+    num_classes = 0
+
+    def __len__(self):
+        return 256
+
+    def read(self, index):
+        return Sample(Image.new("RGB", (32, 32), (index,) * 3), str(index))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_statistics_are_of_the_whole_data_set(tmp_path, cache):
+    crop = CropConfig(kind="center", crop_pct=1, hflip=0)
+    images = EvalLoader(Mixture([Greys()], [1.0]), ViewSpec((32, 32)), crop, batch_size=16)
+    target = pixel_target(standardise=True, cache=cache, standardise_images=64)
+    target.prepare(images, tmp_path)
+    torch.testing.assert_close(target.mean_V, torch.full((3,), 0.5), rtol=0, atol=0.06)
+    torch.testing.assert_close(target.std_V, torch.full((3,), 1 / 12**0.5), rtol=0.15, atol=0)
 
 
 def test_statistics_are_kept_for_a_continued_run(tmp_path):
@@ -272,11 +327,14 @@ def test_cache_is_made_once(tmp_path):
 def test_stale_cache_is_refused(tmp_path):
     pixel_target(cache=True).prepare(some_images()[0], tmp_path)
     for target, images, word in [
-        (pixel_target(cache=True, teacher=PixelConfig(identity="other")), some_images()[0], "teacher: cached 'pixels'"),
-        (pixel_target(cache=True), some_images(seed=1)[0], "crop_of_first_image"),
+        (pixel_target(cache=True, teacher=PixelConfig(identity="other")), some_images()[0], "teacher: cached 'pixels"),
+        (pixel_target(cache=True), some_images(seed=1)[0], "pixels: cached"),
+        (pixel_target(cache=True), Images(*some_images()[1:], data="those"), "data: cached 'these', now 'those'"),
+        (pixel_target(cache=True, image_size=64), some_images()[0], "teacher: cached .*64 x 64 px"),
         (pixel_target(cache=True), some_images(num=8)[0], "num_images: cached 10, now 8"),
         (pixel_target((2, 2), cache=True), some_images()[0], "grid"),
-        (pixel_target(cache=True, layer=0), some_images()[0], "layer"),
+        (pixel_target(cache=True, layer=0), some_images()[0], "teacher: cached .*layer 0"),
+        (pixel_target(cache=True, resize="bicubic"), some_images()[0], "teacher: cached .*bicubic"),
     ]:
         with pytest.raises(ValueError, match=rf"something else \(.*{word}.*\); delete it or choose another run\.out"):
             target.prepare(images, tmp_path)

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from openeva.backbones import open_clip as clip_backbones
 from openeva.backbones import timm as timm_backbones
+from openeva.backbones.base import CLIP_STATISTICS, IMAGENET_STATISTICS
 from openeva.checkpoints import weights
 from openeva.checkpoints.efficientnet_lite import convert_efficientnet_lite
 from openeva.checkpoints.files import read_state_dict
@@ -109,7 +110,7 @@ def test_efficientnet_lite_names_photographs():
     own = probabilities(backbone.normalisation)
     assert [names[i] for i in own.argmax(-1)] == list(PHOTOGRAPHS.values())
     truth = torch.tensor([names.index(name) for name in PHOTOGRAPHS.values()])[:, None]
-    for other in (timm_backbones.IMAGENET_STATISTICS, timm_backbones.CLIP_STATISTICS):
+    for other in (IMAGENET_STATISTICS, CLIP_STATISTICS):
         assert own.gather(1, truth).mean() > probabilities(other).gather(1, truth).mean() + 0.05
 
     with torch.no_grad():  # and the backbone built from the recipe's address is this very model
@@ -179,6 +180,15 @@ def test_identity_tells_weights_apart(tmp_path):
     shutil.copy(tmp_path / "first.pth", tmp_path / "renamed.pth")
     of_file = {n: timm_backbone(weights=str(tmp_path / f"{n}.pth")).identity for n in ("first", "second", "renamed")}
     assert of_file["first"] == of_file["renamed"] != of_file["second"]
+
+
+def test_identity_tells_what_is_read_off_the_weights():
+    identities = [
+        timm_backbone(**options).identity
+        for options in ({}, {"layer": 3}, {"norm": False}, {"layer": 3, "norm": False})
+    ]
+    assert len(set(identities)) == 4
+    assert identities[:2] == [timm_backbone(layer=11).identity, timm_backbone(layer=-9).identity]
 
 
 def test_building_leaves_the_random_state_alone():

@@ -50,8 +50,9 @@ class Backbone(nn.Module):
         num_layers: Number of layers that `layers` may ask for.
         image_size: `(height, width)` in pixels that it was built for.
         normalisation: Statistics its input must be normalised with.
-        identity: Says which weights these are (`"open_clip:ViT-L-14/openai"`, plus a digest of the file where there is
-            one). Recorded in checkpoints; two backbones with the same identity give the same features.
+        identity: Says which weights these are and what is read off them (`"open_clip:ViT-L-14/openai"`, plus a digest
+            of the file where there is one). Recorded in checkpoints; two backbones of the same identity, `image_size`
+            and `normalisation` give the same features.
     """
 
     width: int

@@ -25,14 +25,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from openeva.backbones.base import (
-    CLIP_STATISTICS,
-    HALF_STATISTICS,
-    IMAGENET_STATISTICS,
-    Backbone,
-    Features,
-    Normalisation,
-)
+from openeva.backbones.base import CLIP_STATISTICS, STATISTICS, Backbone, Features, Normalisation
 from openeva.checkpoints.files import read_state_dict
 from openeva.checkpoints.openai_clip import (
     is_openai_layout,
@@ -54,7 +47,6 @@ from openeva.config import ComponentConfig
 from openeva.layers.flops import trace_shapes
 from openeva.registry import did_you_mean
 
-STATISTICS = {"clip": CLIP_STATISTICS, "imagenet": IMAGENET_STATISTICS, "half": HALF_STATISTICS}
 SCHEMAS = ("hf-hub:", "local-dir:")
 
 

@@ -16,22 +16,13 @@ from pydantic import Field, field_validator
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from openeva.backbones.base import (
-    CLIP_STATISTICS,
-    HALF_STATISTICS,
-    IMAGENET_STATISTICS,
-    Backbone,
-    Features,
-    Normalisation,
-)
+from openeva.backbones.base import STATISTICS, Backbone, Features, Normalisation
 from openeva.checkpoints.efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from openeva.checkpoints.files import read_state_dict
 from openeva.checkpoints.weights import WeightsError, digest_of_file, digest_of_weights, fetch, find_weights
 from openeva.config import ComponentConfig
 from openeva.layers.flops import trace_shapes
 from openeva.registry import did_you_mean
-
-STATISTICS = {"clip": CLIP_STATISTICS, "imagenet": IMAGENET_STATISTICS, "half": HALF_STATISTICS}
 
 
 class Config(ComponentConfig):
@@ -105,6 +96,10 @@ class TimmBackbone(Backbone):
                 f"layer {config.layer} of {config.model}: it has layers 0 to {self.num_layers - 1} (or negative ones)"
             )
         self._layer = config.layer % self.num_layers
+        if self._layer != self.num_layers - 1:
+            self.identity += f", layer {self._layer}"
+        if not config.norm:
+            self.identity += ", not normed"
         self._own_pooling = False
         (width, rows, _), self._flops = self._probe()
         self.width, self.stride = width, round(self.image_size[0] / rows)

@@ -146,8 +146,10 @@ class FeatureCache:
         for part, of_part in enumerate(numbers):
             self._part_of[of_part], self._row_of[of_part] = part, np.arange(len(of_part))
 
-    def lookup(self, index_B: NDArray[np.int64], flip_B: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """Features `[B, N, V]` of these samples, mirrored where `flip_B`.
+    def lookup(
+        self, index_B: NDArray[np.int64], flip_B: NDArray[np.bool_], out_BNV: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """Features `[B, N, V]` of these samples, mirrored where `flip_B`; written to `out_BNV` where that is given.
 
         Raises:
             ValueError: A sample is not in the cache.
@@ -159,7 +161,7 @@ class FeatureCache:
             raise ValueError(
                 f"samples {missing[:5]} have no cached teacher features; use the images that the cache was made of"
             )
-        found_BNV = np.empty((len(index_B), *self._parts[0].shape[2:]), DTYPE)
+        found_BNV = np.empty((len(index_B), *self._parts[0].shape[2:]), DTYPE) if out_BNV is None else out_BNV
         for part, features in enumerate(self._parts):
             here_B = part_B == part
             found_BNV[here_B] = features[self._row_of[index_B[here_B]], flip_B[here_B].astype(np.int64)]

@@ -22,6 +22,8 @@ from openeva.engine.log import Meter, Record, RunLog
 from openeva.engine.schedule import Schedule
 from openeva.engine.state import Checkpoints, TrainState
 
+HOST_KEYS = frozenset({"index", "flip"})
+"""What the host looks things up by; from the device it could be read only by waiting for it."""
 STOP_CHECK_STEPS = 10
 """Several processes agree on stopping every so many steps; a single one looks after each."""
 
@@ -265,8 +267,11 @@ def report_broken(broken: dict[str, str], reported: set[str], log: RunLog) -> in
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copy a batch's tensors to the device in the background; the rest stays."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """Copy a batch's tensors to the device in the background; the rest stays, and so do `HOST_KEYS`."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key not in HOST_KEYS else value
+        for key, value in batch.items()
+    }
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 GROWTH_INTERVAL_STEPS = 500
 HYSTERESIS = 2
 
@@ -47,7 +49,7 @@ class Precision:
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         self.name = resolve_precision(name, device)
         self.device = device
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.name]
+        self.dtype = DTYPES[self.name]
         zero = torch.zeros((), device=device)
         self.scale = zero + (2.0**16 if self.name == "fp16" else 1.0)
         self.good_in_a_row = zero.clone()

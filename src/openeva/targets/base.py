@@ -4,7 +4,9 @@ A file in this folder holds one target: `class Config(ComponentConfig)` whose `b
 is the student's patch grid `(y, x)`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -18,6 +20,30 @@ class View:
 
     image_size: tuple[int, int]
     normalisation: Normalisation
+
+
+@runtime_checkable
+class Images(Protocol):
+    """What a target that must look at the training images first is given (`data/loader.py`'s `EvalLoader`).
+
+    Attributes:
+        num_samples: Number of images.
+    """
+
+    num_samples: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the pixels depend on, as JSON values."""
+        ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches as the loader makes them."""
+        ...
+
+    def part(self, *, limit: int | None = None, rank: int = 0, world_size: int = 1) -> "Images":
+        """The same views of some of the images: of `limit` ones from anywhere, the share of one process."""
+        ...
 
 
 class Target(nn.Module):

@@ -22,20 +22,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from openeva.backbones.base import Backbone
+from openeva.backbones.base import STATISTICS, Backbone
 from openeva.checkpoints.files import write_atomically
+from openeva.checkpoints.weights import digest_of_weights
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
 from openeva.data.feature_cache import CacheWriter, FeatureCache, bytes_needed, check_space, finish, is_complete
-from openeva.data.views import normalise
+from openeva.data.loader import Batch
+from openeva.data.views import normalise, target_pixels
 from openeva.engine.distributed import barrier
-from openeva.engine.precision import PrecisionName, resolve_precision
+from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
 from openeva.losses.cosine import negative_cosine
-from openeva.targets.base import Target, View
+from openeva.targets.base import Images, Target, View
 
-Batch = dict[str, Any]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FINGERPRINT_IMAGES = 8
+"""So many images, from anywhere in the data set, are looked at to tell whether a cache is of the same pixels."""
 
 
 class Config(ComponentConfig):
@@ -91,8 +92,8 @@ class FeatureTarget(Target):
         self.view = View(self.teacher.image_size, self.teacher.normalisation)
         self.layer = None if config.layer is None else config.layer % self.teacher.num_layers
         self.width = self._width()
-        self.identity = self.teacher.identity + ("" if self.layer is None else f", layer {self.layer}")
-        self.identity += ", standardised" if config.standardise else ""
+        self._features_identity = self._identify()
+        self.identity = self._features_identity + (", standardised" if config.standardise else "")
         self.needs_preparation = config.standardise or config.cache
         self._cache: FeatureCache | None = None
         self.register_buffer("mean_V", torch.zeros(self.width))
@@ -102,6 +103,21 @@ class FeatureTarget(Target):
     def cached(self) -> bool:
         """True once `prepare` has made the cache; from then on `lookup` replaces the teacher on training images."""
         return self._cache is not None
+
+    def _identify(self) -> str:
+        """What `_features` depends on: the teacher, its input, its layer and the way to the student's grid."""
+        teacher, config = self.teacher, self.config
+        weights = teacher.identity
+        if getattr(config.teacher, "weights", teacher) is None:  # freshly drawn ones, which no file tells
+            weights += f"/random-{digest_of_weights(teacher)}"
+        rows, columns = teacher.image_size
+        known = [name for name, statistics in STATISTICS.items() if statistics == teacher.normalisation]
+        parts = [weights, f"{rows} x {columns} px", f"{known[0] if known else teacher.normalisation} statistics"]
+        if self.layer is not None:
+            parts.append(f"layer {self.layer}")
+        if config.resize != "bilinear":
+            parts.append(config.resize)
+        return ", ".join(parts)
 
     def _width(self) -> int:
         if self.layer is None:
@@ -157,12 +173,12 @@ class FeatureTarget(Target):
         """Size on disk that caching the features of this many images takes."""
         return bytes_needed(num_images, self.grid[0] * self.grid[1], self.width)
 
-    def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+    def prepare(self, images: Images, folder: Path, progress: Callable[[int], None] | None = None) -> None:
         """Make or re-use what the recipe asks for: the cache of features, the statistics of the channels (collective).
 
         Args:
-            images: Batches as in `data/loader.py`, each training sample once, cut as in training and never mirrored;
-                every process gets the same.
+            images: Each training sample once, cut as in training and never mirrored; every process gives the same
+                loader, and they share the work.
             folder: Where they are kept, and found again by a continued run.
             progress: Called with the number of further images done.
 
@@ -179,48 +195,50 @@ class FeatureTarget(Target):
     def lookup(self, index_B: Int[Tensor, "B"], flip_B: Bool[Tensor, "B"]) -> Float[Tensor, "B N V"]:
         """What `forward` gives for these training samples, mirrored where `flip_B`, from the cache (rounded to fp16).
 
+        Args:
+            index_B: Numbers of the samples, on the host: nothing here waits for the device.
+            flip_B: Which of them are mirrored, on the host too.
+
         Raises:
             ValueError: There is no cache (see `prepare`), or it lacks a sample.
         """
         if self._cache is None:
             raise ValueError("there are no cached features: set cache: true and call prepare() first")
-        found_BNV = torch.from_numpy(self._cache.lookup(index_B.cpu().numpy(), flip_B.cpu().numpy()))
-        return self._standardise(found_BNV.to(index_B.device).float())
+        size = (len(index_B), self.grid[0] * self.grid[1], self.width)
+        found_BNV = torch.empty(size, dtype=torch.float16, pin_memory=self.mean_V.is_cuda)
+        self._cache.lookup(index_B.numpy(), flip_B.numpy(), out_BNV=found_BNV.numpy())
+        return self._standardise(found_BNV.to(self.mean_V.device, non_blocking=True).float())
 
     def _of_batch(self, batch: Batch, *, flip: bool = False) -> Float[Tensor, "B N V"]:
         """Features of a batch of bytes, not standardised."""
         if batch["flip"].any():
             raise ValueError("features are prepared from images as they are: set hflip to 0 in the crop of this loader")
-        image_BCYX = batch["target_image"] if "target_image" in batch else batch["image"]
-        image_BCYX = image_BCYX.to(self.mean_V.device, non_blocking=True)
+        image_BCYX = target_pixels(batch).to(self.mean_V.device, non_blocking=True)
         view = self.view.normalisation
         return self._features(normalise(image_BCYX.flip(-1) if flip else image_BCYX, view.mean, view.std))
 
-    def _open_cache(self, images: Iterable[Batch], folder: Path, report: Callable[[int], None]) -> FeatureCache:
-        num_images = getattr(images, "num_samples", None)
+    def _open_cache(self, images: Images, folder: Path, report: Callable[[int], None]) -> FeatureCache:
         key = {
-            "teacher": self.teacher.identity, "layer": self.layer, "grid": list(self.grid),
-            "resize": self.config.resize, "crop_of_first_image": _fingerprint(images), "num_images": num_images,
+            "teacher": self._features_identity, "grid": list(self.grid), "num_images": images.num_samples,
+            **images.identity, "pixels": _fingerprint(images),
         }  # fmt: skip
         complete = is_complete(folder, key)
         barrier()  # all have looked before one begins to write
         if not complete:
-            if num_images is not None:
-                check_space(folder, self.cache_bytes(num_images))
+            check_space(folder, self.cache_bytes(images.num_samples))
             rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             with CacheWriter(folder, rank, size, self.grid[0] * self.grid[1], self.width) as writer:
-                for number, batch in enumerate(images):
-                    if number % size == rank:
-                        both_B2NV = torch.stack([self._of_batch(batch), self._of_batch(batch, flip=True)], dim=1)
-                        writer.append(batch["index"].numpy(), both_B2NV.cpu().numpy())
-                    report(len(batch["index"]))
+                for batch in images.part(rank=rank, world_size=size):
+                    both_B2NV = torch.stack([self._of_batch(batch), self._of_batch(batch, flip=True)], dim=1)
+                    writer.append(batch["index"].numpy(), both_B2NV.cpu().numpy())
+                    report(len(batch["index"]) * size)  # the others are about as far
             barrier()
             if rank == 0:
                 finish(folder, key, size)
             barrier()
         return FeatureCache(folder)
 
-    def _load_statistics(self, images: Iterable[Batch], file: Path, report: Callable[[int], None]) -> None:
+    def _load_statistics(self, images: Images, file: Path, report: Callable[[int], None]) -> None:
         if not file.is_file() and not (dist.is_initialized() and dist.get_rank()):
             mean_V, std_V = _mean_and_std(self._sample(images, report))
             content = {"target": self.identity, "mean": mean_V.tolist(), "std": std_V.tolist()}
@@ -235,21 +253,18 @@ class FeatureTarget(Target):
         self.mean_V.copy_(torch.tensor(content["mean"]))
         self.std_V.copy_(torch.tensor(content["std"]))
 
-    def _sample(self, images: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Float[Tensor, "B N V"]]:
-        """Features of the first `standardise_images` images, from the cache where there is one."""
+    def _sample(self, images: Images, report: Callable[[int], None]) -> Iterator[Float[Tensor, "B N V"]]:
+        """Features of `standardise_images` images from all over the data set, which may be sorted by class."""
         wanted = self.config.standardise_images
         if self._cache is not None:
-            for index_B in np.array_split(self._cache.samples[:wanted], -(-wanted // 64)):
+            samples = self._cache.samples
+            spread = np.linspace(0, len(samples) - 1, min(wanted, len(samples))).round().astype(np.int64)
+            for index_B in np.array_split(samples[spread], -(-len(spread) // 64)):
                 yield torch.from_numpy(self._cache.lookup(index_B, np.zeros(len(index_B), bool))).float()
             return
-        done = 0
-        for batch in images:
-            features_BNV = self._of_batch(batch)[: wanted - done]
-            done += len(features_BNV)
-            report(len(features_BNV))
-            yield features_BNV
-            if done == wanted:
-                return
+        for batch in images.part(limit=wanted):
+            yield self._of_batch(batch)
+            report(len(batch["index"]))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -272,12 +287,9 @@ def _mean_and_std(features: Iterable[Float[Tensor, "B N V"]]) -> tuple[Float[Ten
     return mean_V, torch.where(constant_V, 1.0, std_V)
 
 
-def _fingerprint(images: Iterable[Batch]) -> str:
-    """Digest of the first image as the teacher will see it: another crop, size or data set gives another one."""
-    batch = next(iter(images), None)
-    if batch is None:
-        raise ValueError("there are no training images to prepare the target from")
-    image_CYX = (batch["target_image"] if "target_image" in batch else batch["image"])[0]
-    digest = hashlib.sha256(f"{batch['index'][0].item()} {tuple(image_CYX.shape)}".encode())
-    digest.update(image_CYX.contiguous().numpy().tobytes())
+def _fingerprint(images: Images) -> str:
+    """Digest of some images as the teacher will see them: tells changed files that keep their names."""
+    digest = hashlib.sha256()
+    for batch in images.part(limit=FINGERPRINT_IMAGES):
+        digest.update(batch["index"].numpy().tobytes() + target_pixels(batch).contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
