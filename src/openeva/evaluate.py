@@ -61,7 +61,7 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
     recipe = read_run_recipe(run)
     if trained and not (run / "model").is_dir():
         raise FileNotFoundError(f"{run} has no model yet: finish it with `openeva train {run / 'config.yaml'}`")
-    world = distributed.start(recipe.run.device)
+    world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     torch.manual_seed(recipe.run.seed)
     with scanning(console) as progress:
         train_data, val_data = recipe.data.open(progress)

@@ -42,7 +42,9 @@ class RunConfig(Config):
     )
     seed: int = 0
     device: str = "auto"
-    precision: PrecisionName = "auto"
+    precision: PrecisionName = Field(
+        "auto", description="of the forward pass; fp32 means all of it: no TF32 on a GPU either"
+    )
     strategy: Strategy = "auto"
     compile: CompileMode = "off"
     log_every: Duration = Duration(10, "steps")
@@ -106,7 +108,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         NonFiniteError: Training does not get past non-finite losses.
     """
     run = recipe.run
-    world = distributed.start(run.device)
+    world = distributed.start(run.device, tf32=run.precision != "fp32")
     try:
         split_batch(run, world)  # before anything is built
         seed_everything(run.seed)
@@ -328,7 +330,7 @@ def dry_run(recipe: Recipe) -> list[str]:
         ConfigError: As `train`.
         ValueError: As `train`.
     """
-    world = distributed.start(recipe.run.device)
+    world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     try:
         split_batch(recipe.run, world)
         train_data, _ = recipe.data.open()

@@ -18,6 +18,20 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.stop()
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_full_precision_is_full_on_a_gpu_too(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        distributed.start("cuda", tf32=tf32)
+        assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_cuda_asked_for_and_absent() -> None:
     with pytest.raises(ValueError, match="use device=cpu or auto"):

@@ -293,6 +293,8 @@ def test_gradient_into_the_patch_embedding_is_scaled() -> None:
             assert gradients[0.0][name] is None
         else:
             torch.testing.assert_close(gradients[0.0][name], full)
+    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert learning == {name for name, gradient in gradients[0.0].items() if gradient is not None}  # as DDP demands
 
 
 def test_norms_compute_in_fp32_within_bf16() -> None:

@@ -68,7 +68,7 @@ class Config(ComponentConfig):
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate of the last block; rises linearly from 0 at the first")
     dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 detaches it")
+    patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 freezes it")
     init_std: float = Field(0.02, gt=0, description="truncated normal, cut at one standard deviation")
     activation_checkpointing: bool = False
     statistics: Literal["clip", "imagenet", "half"] = Field(
@@ -180,6 +180,8 @@ class VisionTransformer(Backbone):
         num_tokens = 1 + config.grid[0] * config.grid[1]
 
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        if config.patch_grad_scale == 0.0:  # nothing may wait for a gradient that never comes, as DDP would
+            self.patch_embed.requires_grad_(False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         if config.positions == "learned":

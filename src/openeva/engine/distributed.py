@@ -31,11 +31,12 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", *, tf32: bool = True) -> World:
     """Join the process group that `torchrun` announces in the environment, or run alone.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+        tf32: Whether matrix products and convolutions in fp32 may round their factors to TF32 on a GPU.
 
     Raises:
         ValueError: CUDA is asked for and absent.
@@ -47,7 +48,7 @@ def start(device: str = "auto") -> World:
     target = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
     if target.type == "cuda":
         torch.cuda.set_device(target)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
     return World(dist.get_rank() if dist.is_initialized() else 0, size, target)

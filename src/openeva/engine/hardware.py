@@ -1,6 +1,7 @@
 """What the device could do at best, and how much memory is in use: the denominators of the log."""
 
 import platform
+import re
 import resource
 import sys
 import time
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 
 PEAK_TFLOPS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "A10G": 70.0,
+    "B200": 2250.0, "B300": 2250.0, "GB200": 2500.0, "GB300": 2500.0, "GH200": 989.0, "H200": 989.0, "H200 NVL": 835.0,
+    "H100": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "A100": 312.0, "A10G": 70.0,
     "A10": 125.0, "A30": 165.0, "A40": 150.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "V100": 125.0, "T4": 65.0,
     "RTX 3090": 71.0, "RTX 4090": 165.0, "RTX 5090": 209.5, "RTX 6000 Ada": 182.0, "MI300X": 1307.0, "MI250X": 191.5,
 }  # fmt: skip
-"""Dense bf16/fp16 matrix throughput (fp32 accumulation) by part of the device's name, from the makers' data sheets."""
+"""Dense bf16/fp16 matrix throughput (fp32 accumulation) by words of the device's name, from the makers' data sheets."""
 
 
 def device_name(device: torch.device) -> str:
@@ -36,9 +38,9 @@ def cpu_name() -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of the device: from its data sheet where known, else measured by matrix products (about 0.3 s)."""
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
+        words = re.findall(r"\w+", torch.cuda.get_device_name(device))  # whole words: an "A4000" is no "A40"
         for part in sorted(PEAK_TFLOPS, key=len, reverse=True):
-            if part in name:
+            if set(part.split()) <= set(words) and "Laptop" not in words:
                 return PEAK_TFLOPS[part] * 1e12
     return measured_matmul_flops(device, dtype)
 
