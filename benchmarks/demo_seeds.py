@@ -1,4 +1,4 @@
-"""Does pre-training beat random initialisation and raw pixels by more than the spread over seeds? The demo, three times.
+"""Does pre-training beat random initialisation and raw pixels by more than the spread over seeds? The demo, repeated.
 
 Each seed draws its own initial weights, order, flips and masks; the teacher's features are computed once. Writes mean,
 deviation and every single value of the demo's tables, and says for each metric whether all seeds are ahead.

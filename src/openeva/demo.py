@@ -77,8 +77,9 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     print_tables(tables, console)
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True, style="bold")
     console.print(
-        "your own images:    openeva train eva_s_16_folder data.train.0.roots=[PATH] run.out=runs/mine\n"
-        "a real CLIP teacher: add  task.target.teacher='{name: open_clip, model: ViT-B-16, pretrained: openai}'",
+        "your own images, CLIP-B/16 as the teacher: openeva train eva_s_16_folder data.train.0.roots=FOLDER run.out=runs/mine\n"
+        "another CLIP, or one from a file: add  task.target.teacher='{name: open_clip, model: ViT-L-14, pretrained: FILE}'"
+        "  task.target.image_size=196",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     return None
@@ -178,9 +179,7 @@ def probe_table(metric: str, title: str, results: dict[str, dict[str, list[float
         " cross-validation on the training labels; k-NN: k = 20. 10 % of the labels: mean and deviation over"
         f" {NUM_DRAWS} draws."
     )
-    return Table(
-        title="Telling defective cells from functional ones", columns=list(columns.values()), rows=rows, note=note
-    )
+    return Table(title=title, columns=list(columns.values()), rows=rows, note=note)
 
 
 @torch.no_grad()
