@@ -77,9 +77,8 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     print_tables(tables, console)
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True, style="bold")
     console.print(
-        "your own images, CLIP-B/16 as the teacher: openeva train eva_s_16_folder data.train.0.roots=FOLDER run.out=runs/mine\n"
-        "another CLIP, or one from a file: add  task.target.teacher='{name: open_clip, model: ViT-L-14, pretrained: FILE}'"
-        "  task.target.image_size=196",
+        "your own images:     openeva train eva_s_16_folder data.train.0.roots=FOLDER run.out=runs/mine\n"
+        "a real CLIP teacher: that recipe fetches CLIP-B/16; for one on disk add task.target.teacher.pretrained=FILE",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     return None
