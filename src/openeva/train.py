@@ -56,8 +56,15 @@ class RunConfig(Config):
     )
     max_bad_in_a_row: int = Field(20, gt=0, description="non-finite steps before returning to the last checkpoint")
     eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
+    max_rewinds: int = Field(3, ge=0, description="such returns in the whole run before it gives up")
     wandb: str | None = Field(None, description="also log to this W&B project")
 
+
+    @model_validator(mode="after")
+    def _never_silent(self) -> "RunConfig":
+        if not self.log_every.value:
+            raise ValueError("log_every cannot be 0: skipped steps and broken files would stay unseen; log less often")
+        return self
 
 class Recipe(Config):
     """Everything that defines a run."""
@@ -165,7 +172,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 task, loader, state, loop, world=world, checkpoints=checkpoints, log=log, evaluate=evaluate,
                 stop_signal=stop,
             )  # fmt: skip
-            log.write_summary({"broken_files": len(loader.broken), "broken": dict(sorted(loader.broken.items())[:100])})
+            log.write_summary({"broken_files": len(log.broken), "broken": dict(sorted(log.broken.items())[:100])})
         if status == "finished":
             export(recipe, task, state, run.out / "model", world)
         signal = stop.received if status == "stopped" else None
@@ -286,6 +293,7 @@ def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precis
         peak_flops=peak_flops(world.device, precision.dtype),
         max_bad_in_a_row=recipe.run.max_bad_in_a_row,
     )
+        max_rewinds=recipe.run.max_rewinds,
 
 
 def evaluate_all(task: Task, evals: list[Any], loaders: dict[str, EvalLoader], ema: Ema | None = None) -> Record:

@@ -84,6 +84,14 @@ def test_broken_files_are_skipped_named_and_counted(folder: Path, tmp_path: Path
     assert all(np.isfinite(record["held_out_loss"]) for record in records if "held_out_loss" in record)
 
 
+def test_a_continued_run_keeps_the_names_of_broken_files(folder: Path, tmp_path: Path) -> None:
+    train(of_folder(folder, tmp_path / "run", "data.max_broken=0.5"))
+    before = json.loads((tmp_path / "run/summary.json").read_text())
+    assert before["broken_files"] == 2
+    train(of_folder(folder, tmp_path / "run", "data.max_broken=0.5"))  # nothing left to do, nothing read
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == before
+
+
 def test_too_many_broken_files_stop_the_run_with_their_names(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TooManyBrokenError, match=r"\d+\.jpg"):
         train(of_folder(folder, tmp_path / "run", "data.max_broken=0.001", "run.length=40 steps"))
@@ -101,8 +109,9 @@ def test_an_empty_folder_is_an_error_before_any_model_is_built(
 @pytest.mark.parametrize(
     ("change", "words"),
     [("task.target.teacher.width=24", "target_width: checkpoint 16, this run 24"),
-     ("task.target.layer=0", "layer 0"), ("task.backbone.depth=1", "only the checkpoint has model.backbone.blocks.1"),
-     ("task.backbone.mlp_hidden=48", "in the checkpoint and")],
+     ("task.target.layer=0", "layer 0"), ("task.backbone.depth=1", "this run 'vit:custom/random-"),
+     ("task.backbone.final_norm=false", "only the checkpoint has model.backbone.norm."),
+     ("task.backbone.layer_scale=0.1", "only this run has model.backbone.blocks.0.")],
 )  # fmt: skip
 def test_a_run_with_another_teacher_or_student_is_not_continued(change: str, words: str, tmp_path: Path) -> None:
     train(recipe(tmp_path, "run.length=2 steps", *NO_EVALUATION))

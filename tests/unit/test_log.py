@@ -123,3 +123,39 @@ def test_without_wandb_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"openeva\[wandb\]"):
         RunLog(tmp_path, active=True, total_steps=1, wandb_project="p")
+
+
+class Wandb:
+    """What the log asks of W&B."""
+
+    def __init__(self) -> None:
+        self.begun, self.logged, self.metrics = [], [], []
+
+    def init(self, **settings: object) -> "Wandb":
+        self.begun.append(settings)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, record: dict, step: int | None = None) -> None:
+        assert step is None, "W&B drops what comes with a lower step than before"
+        self.logged.append(record)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_wandb_goes_on_with_the_same_run_and_shows_steps_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder in ("one", "one", "other"):
+        with RunLog(tmp_path / folder, active=True, total_steps=1, wandb_project="p") as log:
+            log.write({"step": 2, "loss": 1.0})
+            log.write({"step": 1, "loss": 2.0})
+    one, again, other = (settings["id"] for settings in wandb.begun)
+    assert one == again
+    assert one != other
+    assert all(settings["resume"] == "allow" for settings in wandb.begun)
+    assert wandb.metrics == [("*", "step")] * 3
+    assert [record["step"] for record in wandb.logged] == [2, 1] * 3

@@ -17,7 +17,7 @@ from torch import nn
 from openeva.engine import loop as loop_module
 from openeva.engine.distributed import World
 from openeva.engine.ema import Ema
-from openeva.engine.log import RunLog, read_log
+from openeva.engine.log import Meter, RunLog, read_log
 from openeva.engine.loop import LoopConfig, NonFiniteError, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision
@@ -169,6 +169,11 @@ def test_broken_files_are_named_once(tmp_path: Path) -> None:
     run(3)
     assert run.messages().count("skipped a broken file: a.jpg (truncated)") == 1
     assert [r["broken_files"] for r in read_log(tmp_path)] == [1, 1, 1]
+    again = Run(tmp_path)  # continued: what earlier parts met stays known
+    again.data.broken.update({"a.jpg": "truncated", "b.jpg": "empty"})
+    again(1)
+    assert again.messages().count("a.jpg") == again.messages().count("b.jpg") == 2  # in words and by name
+    assert read_log(tmp_path)[0]["broken_files"] == 2
 
 
 def test_one_visible_function() -> None:
@@ -227,6 +232,33 @@ def test_many_bad_steps_in_a_row_return_to_the_checkpoint_and_go_on_with_later_d
     )
     clean(12)
     assert all(torch.equal(value, clean.tensors()[name]) for name, value in run.tensors().items())
+
+
+@pytest.mark.parametrize("log_every", [0, 100])
+def test_bad_steps_are_noticed_however_rarely_the_log_is_written(log_every: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, lambda number: float("nan") if 6 <= number < 12 else 1.0)
+    assert run(12, max_bad_in_a_row=3, save_every=4, log_every=log_every) == "finished"
+    assert run.data.given[:10] == [*range(9), 9]  # back to step 4 after batch 8; the next ones are bad, too
+    assert run.state.progress.rewinds == 1
+    assert "back to step 4" in run.messages()
+
+
+def late(meter: Meter, wait: bool = False, ready: Any = Meter.ready) -> Iterator[dict[str, Any]]:
+    """Numbers arrive one interval after they were asked for, as they may from a device that is behind."""
+    newest = [] if wait else meter.pending[-1:]
+    meter.pending = meter.pending[: len(meter.pending) - len(newest)]
+    yield from ready(meter, wait)
+    meter.pending += newest
+
+
+@pytest.mark.parametrize(("end", "rewinds"), [(6, 0), (9, 1)])
+def test_a_streak_that_has_ended_meanwhile_is_no_reason_to_go_back(
+    end: int, rewinds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Meter, "ready", late)
+    run = Run(tmp_path, lambda number: float("nan") if 3 <= number < end else 1.0)
+    assert run(15, max_bad_in_a_row=3, save_every=2, log_every=5) == "finished"
+    assert run.state.progress.rewinds == rewinds
 
 
 def test_a_rewind_lowers_the_loss_scale(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_only_growth_refills_the_hysteresis() -> None:
 def test_never_below_one_and_counts_what_was_skipped() -> None:
     precision = Precision("fp16", CPU)
     assert steps(precision, [1] * 30)[-1] == 1.0
-    assert (precision.bad_steps.item(), precision.bad_in_a_row.item(), precision.in_bad_streak()) == (30, 30, True)
+    assert (precision.bad_steps.item(), precision.bad_in_a_row.item(), precision.bad_streak()) == (30, 30, 30)
     steps(precision, [0, 1])
     assert (precision.bad_steps.item(), precision.bad_in_a_row.item()) == (31, 1)
 

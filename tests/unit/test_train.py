@@ -1,9 +1,12 @@
 """What a run says to whoever started it: scanning, and what a resumed run cannot do exactly."""
 
 import io
+import itertools
 import json
+import math
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from rich.console import Console
 from e2e.toy import recipe
 from openeva.data.mixture import open_sources
 from openeva.data.sources.image_folder import Config as ImageFolder
+from openeva.engine.loop import NonFiniteError
+from openeva.tasks.pretrain import PretrainTask
 from openeva.train import Recipe, train
 
 
@@ -86,3 +91,21 @@ def test_parts_of_a_source_are_told_apart(tmp_path: Path) -> None:
     assert whole == open_sources([ImageFolder(roots=[tmp_path / "images"])]).identity
     assert whole != half
     assert whole != weighted
+
+
+def test_a_run_cannot_be_silent(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="log_every cannot be 0: skipped steps and broken files"):
+        recipe(tmp_path, "run.log_every=0 steps")
+
+
+def test_the_number_of_returns_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = PretrainTask.forward, itertools.count()
+
+    def bad_after_two_steps(self: PretrainTask, batch: dict[str, Any]) -> Any:
+        loss, scalars = forward(self, batch)
+        return loss * (1.0 if next(calls) < 2 else math.nan), scalars
+
+    monkeypatch.setattr(PretrainTask, "forward", bad_after_two_steps)
+    changes = ("run.save_every=1 steps", "run.max_bad_in_a_row=2", "run.evaluate_every=0 steps")
+    with pytest.raises(NonFiniteError, match=r"1 rewinds so far"):
+        train(recipe(tmp_path, *changes, "run.max_rewinds=1"))

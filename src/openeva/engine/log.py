@@ -6,6 +6,7 @@ device scalars -> `Meter` (summed on the device, copied in the background) -> re
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,9 @@ class RunLog:
         console: Where to show progress; None for nowhere.
         wandb_project: Also log to this W&B project (extra `wandb`).
         config: Resolved config for W&B.
+
+    Attributes:
+        broken: Name -> reason of the files that could not be read, in earlier parts of the run too.
     """
 
     def __init__(
@@ -97,11 +101,13 @@ class RunLog:
     ) -> None:
         self.folder, self.active = folder, active
         self.bar: Progress | None = None
+        self.broken: dict[str, str] = {}
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
         _drop_unfinished_line(folder / "log.jsonl")
+        self.broken.update(_read_broken(folder / "log.jsonl"))
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"))
         if console is not None:
@@ -147,7 +153,7 @@ class RunLog:
             if isinstance(value, int | float) and key != "step":
                 self.board.add_scalar(key, value, step)
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in clean.items() if v is not None}, step=step)
+            self.wandb.log({k: v for k, v in clean.items() if v is not None})
         self._show(record)
 
     def write_all(self, records: Iterable[Record]) -> None:
@@ -155,11 +161,17 @@ class RunLog:
         for record in records:
             self.write(record)
 
-    def say(self, text: str) -> None:
-        """Tell the user something that is not a number, and record it."""
+    def name_broken(self, name: str, reason: str) -> None:
+        """Tell the user about a file that could not be read, once."""
+        if name not in self.broken:
+            self.broken[name] = reason
+            self.say(f"skipped a broken file: {name} ({reason})", {"broken_file": name, "reason": reason})
+
+    def say(self, text: str, facts: Record | None = None) -> None:
+        """Tell the user something that is not a number, and record it; `facts` go into the record only."""
         if not self.active:
             return
-        self.file.write(json.dumps({"message": text, "time": round(time.time(), 3)}) + "\n")
+        self.file.write(json.dumps({"message": text, **(facts or {}), "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
         if self.console is not None:
             self.console.print(text, highlight=False)
@@ -230,6 +242,12 @@ def read_log(folder: Path) -> list[Record]:
     return [records[key] for key in sorted(records)]
 
 
+def _read_broken(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = (json.loads(line) for line in lines if '"broken_file": ' in line)
+    return {line["broken_file"]: line["reason"] for line in found if "reason" in line}
+
+
 def _drop_unfinished_line(path: Path) -> None:
     """Cut off what a killed run wrote of its last line: it would spoil the first line of the run that continues."""
     if not path.is_file():
@@ -248,4 +266,10 @@ def _start_wandb(project: str, folder: Path, config: Record | None) -> Any:
         import wandb
     except ImportError:
         raise ImportError("run.wandb is set, but wandb is not installed: pip install 'openeva[wandb]'") from None
-    return wandb.init(project=project, dir=str(folder), config=config, resume="allow")
+    file = folder / "wandb_id.txt"  # a continued run goes on with the same curves
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    own_id = file.read_text(encoding="utf-8")
+    run = wandb.init(project=project, dir=str(folder), config=config, id=own_id, resume="allow")
+    run.define_metric("*", step_metric="step")  # W&B's own count never goes back, a run that rewinds does
+    return run

@@ -126,10 +126,11 @@ def run_loop(  # noqa: PLR0915  the one visible loop
         NonFiniteError: `max_rewinds` returns to a checkpoint did not get past non-finite losses.
     """
     progress, precision, optimizer = state.progress, state.precision, state.optimizer
-    times, meter = timing.start(world.device), Meter(world.device)
+    times, meter, streak = timing.start(world.device), Meter(world.device), Meter(world.device)
     batches = data.batches(progress.samples_seen)
     interval_begun, interval_step = time.perf_counter(), progress.step
-    bad_in_a_row, save_is_due, reported = 0.0, False, set[str]()
+    bad_in_a_row, save_is_due = 0.0, False
+    look_every = min(config.log_every or config.max_bad_in_a_row, config.max_bad_in_a_row)
     task.train()
 
     with stop_signal or StopSignal() as stop:
@@ -153,21 +154,25 @@ def run_loop(  # noqa: PLR0915  the one visible loop
             progress.samples_seen += config.samples_per_step
             meter.add({"loss": loss, "grad_norm": grad_norm, **scalars}, skipped=precision.found_inf)
 
-            # ---- log, and look at what an earlier log line brought back
-            logging = _due(progress.step, config.log_every, config.total_steps)
-            if logging:
+            # ---- log
+            if _due(progress.step, config.log_every, config.total_steps):
                 seconds = time.perf_counter() - interval_begun
                 record = speed_record(config, times.take(), seconds, progress.step - interval_step, world)
                 record = {"step": progress.step, "samples": progress.samples_seen, "lr": lr, **record}
-                record["broken_files"] = report_broken(data.broken, reported, log)
-                meter.flush(record, {"skipped_steps": precision.bad_steps, "bad_in_a_row": precision.bad_in_a_row,
-                                     "loss_scale": precision.scale})  # fmt: skip
+                record["broken_files"] = report_broken(data.broken, log)
+                meter.flush(record, {"skipped_steps": precision.bad_steps, "loss_scale": precision.scale})
                 interval_begun, interval_step = time.perf_counter(), progress.step
-            for record in meter.ready(wait=progress.step == config.total_steps):
-                log.write(record)
-                bad_in_a_row = record["bad_in_a_row"]
+            log.write_all(meter.ready(wait=progress.step == config.total_steps))
             log.advance(progress.step)
-            if logging and any_process(bad_in_a_row >= config.max_bad_in_a_row):
+
+            # ---- return to a checkpoint after too many bad steps; waits for the device only where that is likely
+            looking = progress.step % look_every == 0
+            if looking:
+                streak.flush({}, {"bad_in_a_row": precision.bad_in_a_row})
+            for record in streak.ready():
+                bad_in_a_row = record["bad_in_a_row"]
+            suspicious = looking and any_process(bad_in_a_row >= config.max_bad_in_a_row)
+            if suspicious and precision.bad_streak() >= config.max_bad_in_a_row:  # it may have ended meanwhile
                 log.write_all(meter.ready(wait=True))
                 rewind(state, config, checkpoints, log)
                 batches, bad_in_a_row = data.batches(progress.samples_seen), 0.0
@@ -185,17 +190,17 @@ def run_loop(  # noqa: PLR0915  the one visible loop
                 stopping = any_process(stopping) if progress.step % STOP_CHECK_STEPS == 0 else False
             save_is_due |= _due(progress.step, config.save_every, config.total_steps)
             # a rewind wants weights from before the steps that failed: the checkpoint waits for a good step
-            if stopping or (save_is_due and not precision.in_bad_streak()):
+            if stopping or (save_is_due and precision.bad_streak() == 0):
                 begun = time.perf_counter()
                 checkpoints.save(state)
                 save_is_due, interval_begun = False, interval_begun + time.perf_counter() - begun
             if stopping:
                 log.write_all(meter.ready(wait=True))
-                report_broken(data.broken, reported, log)
+                report_broken(data.broken, log)
                 log.say(f"stopped by a signal after step {progress.step}; saved, the same command continues the run")
                 return "stopped"
     checkpoints.save(state)
-    report_broken(data.broken, reported, log)  # the last evaluation may have met some
+    report_broken(data.broken, log)  # the last evaluation may have met some
     return "finished"
 
 
@@ -255,15 +260,12 @@ def speed_record(
     }
 
 
-def report_broken(broken: dict[str, str], reported: set[str], log: RunLog) -> int:
+def report_broken(broken: dict[str, str], log: RunLog) -> int:
     """Name files that could not be read on any process and were not named yet; returns how many there are in all."""
-    new = {name: reason for name, reason in list(broken.items()) if name not in reported}
+    new = {name: reason for name, reason in list(broken.items()) if name not in log.broken}
     for name, reason in merge_over_processes(new).items():
-        if name not in reported:
-            log.say(f"skipped a broken file: {name} ({reason})")
-            reported.add(name)
-            broken.setdefault(name, reason)
-    return len(broken)
+        log.name_broken(name, reason)
+    return len(log.broken)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

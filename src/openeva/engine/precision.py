@@ -110,9 +110,9 @@ class Precision:
         self.hysteresis = torch.where(grow > 0, torch.full_like(grow, HYSTERESIS), self.hysteresis)
         self.scale = (self.scale * (1 + grow) * (1 - 0.5 * halve)).clamp(min=1.0)
 
-    def in_bad_streak(self) -> bool:
-        """True where the last step was skipped; waits for the device."""
-        return bool(self.bad_in_a_row.item())
+    def bad_streak(self) -> int:
+        """Skipped steps since the last good one; waits for the device."""
+        return int(self.bad_in_a_row.item())
 
     @torch.no_grad()
     def rewound(self, bad_steps: Tensor, rewinds: int) -> None:
