@@ -1,7 +1,7 @@
 """k-nearest-neighbour accuracy of frozen features: no training, so a quick look at their quality.
 
-train images -> features, normalised -> cosine to each held-out image -> vote of the k nearest, weighted by exp(cosine
-/ T)
+train images -> features, normalised -> cosine to each held-out image -> vote of the k nearest, weighted by
+exp(cosine / T)
 
 Source: the usual protocol of DINO (arXiv 2104.14294, section 4.1): k = 20, temperature 0.07.
 """

@@ -1,24 +1,30 @@
 """How well hidden patches are predicted on held-out images, beside three predictions that need no learning.
 
-Per image one seeded mask of the training kind; cosine between prediction and target at the hidden patches, averaged.
+Per image one mask of the training kind, the same whatever the batch or process; cosine between prediction and target
+at the hidden patches, averaged over all of them.
 The baselines predict the mean of the image's visible target vectors, the position's mean over the training images,
 and the target vector of another image at the same position. A student that does not beat them has learned nothing
 about context.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from openeva.config import ComponentConfig
+from openeva.data.sampler import seed_of
 from openeva.data.views import normalise
+from openeva.engine.distributed import sum_over_processes
+from openeva.engine.loop import to_device
+
+NAMES = ("masked_cosine", "visible_mean", "position_mean", "other_image")
 
 
 class Config(ComponentConfig):
@@ -43,25 +49,33 @@ class MaskedCosine:
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"masked_cosine": ...}` and, with baselines, `visible_mean`, `position_mean` and `other_image` beside it."""
         device = next(task.parameters()).device
-        rng = random.Random(self.config.seed)
         position_NV = _position_mean(task, loaders["train"], device) if self.config.baselines else None
-        totals: dict[str, float] = {}
-        count = 0
-        for batch in _on_device(loaders["val"], device):
+        total_K, count_K = (torch.zeros(len(NAMES), dtype=torch.float64) for _ in range(2))
+        last_1NV = None
+        for host_batch in loaders["val"]:
+            batch = to_device(host_batch, device)
             target_BNV = task.targets(batch)
-            mask_BN = draw_masks(task, len(target_BNV), rng).to(device)
-            guesses = {"masked_cosine": predict_patches(task, batch, mask_BN)}
+            mask_BN = masks_of(task, host_batch["index"], self.config.seed).to(device)
+            guesses = [predict_patches(task, batch, mask_BN)]
             if position_NV is not None:
-                visible_BN1 = (~mask_BN)[:, :, None].float()
-                mean_B1V = (target_BNV * visible_BN1).sum(1, keepdim=True) / visible_BN1.sum(1, keepdim=True)
-                guesses["visible_mean"] = mean_B1V.expand_as(target_BNV)
-                guesses["position_mean"] = position_NV.expand_as(target_BNV)
-                guesses["other_image"] = target_BNV.roll(1, dims=0)
-            for name, guess_BNV in guesses.items():
+                before_BNV = target_BNV.roll(1, dims=0)
+                if last_1NV is not None:
+                    before_BNV[:1] = last_1NV
+                guesses += [_visible_mean(target_BNV, mask_BN), position_NV.expand_as(target_BNV), before_BNV]
+            for number, guess_BNV in enumerate(guesses):
+                if NAMES[number] == "other_image" and last_1NV is None and len(target_BNV) == 1:
+                    continue  # there is no other one
                 cosine_BN = F.cosine_similarity(guess_BNV.float(), target_BNV, dim=-1)
-                totals[name] = totals.get(name, 0.0) + cosine_BN[mask_BN].sum().item()
-            count += int(mask_BN.sum())
-        return {name: total / count for name, total in totals.items()}
+                total_K[number] += cosine_BN[mask_BN].sum().item()
+                count_K[number] += mask_BN.sum().item()
+            last_1NV = target_BNV[-1:]
+        totals, counts = sum_over_processes(total_K).tolist(), sum_over_processes(count_K).tolist()
+        return {name: total / count for name, total, count in zip(NAMES, totals, counts, strict=True) if count}
+
+
+def masks_of(task: Any, index_B: Int[Tensor, "B"], seed: int) -> Bool[Tensor, "B N"]:
+    """One mask for each sample, by its number alone."""
+    return torch.cat([draw_masks(task, 1, random.Random(seed_of(seed, index))) for index in index_B.tolist()])
 
 
 def draw_masks(task: Any, num_images: int, rng: random.Random) -> Bool[Tensor, "B N"]:
@@ -77,17 +91,17 @@ def predict_patches(task: Any, batch: dict[str, Any], mask_BN: Bool[Tensor, "B N
     return task.student(image_BCYX, mask_BN, every_M).unflatten(0, mask_BN.shape)
 
 
-def _on_device(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    for batch in loader:
-        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _visible_mean(target_BNV: Float[Tensor, "B N V"], mask_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
+    visible_BN1 = (~mask_BN)[:, :, None].float()
+    mean_B1V = (target_BNV * visible_BN1).sum(1, keepdim=True) / visible_BN1.sum(1, keepdim=True)
+    return mean_B1V.expand_as(target_BNV)
 
 
 def _position_mean(task: Any, loader: Iterable[dict[str, Any]], device: torch.device) -> Float[Tensor, "N V"]:
-    total_NV, count = None, 0
-    for batch in _on_device(loader, device):
-        target_BNV = task.targets(batch)
-        total_NV = target_BNV.sum(0) if total_NV is None else total_NV + target_BNV.sum(0)
+    total_NV = torch.zeros(task.grid[0] * task.grid[1], task.target.width, device=device)
+    count = torch.zeros((), device=device)
+    for host_batch in loader:
+        target_BNV = task.targets(to_device(host_batch, device))
+        total_NV += target_BNV.sum(0)
         count += len(target_BNV)
-    if total_NV is None:
-        raise ValueError("masked_cosine needs training images for its position mean")
-    return total_NV / count
+    return sum_over_processes(total_NV) / sum_over_processes(count)
