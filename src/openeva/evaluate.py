@@ -17,6 +17,7 @@ from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.engine import distributed
 from openeva.engine.distributed import World
 from openeva.engine.log import Record, scanning
+from openeva.engine.precision import Precision
 from openeva.tasks.base import Task
 from openeva.train import Recipe, evaluate_all, held_out_loaders, prepare, train_loader
 
@@ -90,7 +91,8 @@ def evaluate(run: Path, evals: Sequence[str] | None = None, *, console: Console 
     if "val" not in opened.held_out:
         raise ValueError(f"{run} has no held-out data: its recipe gives neither data.val nor data.holdout")
     configs = opened.recipe.evals if evals is None else validate(_Evals, {"evals": list(evals)}).evals
-    return evaluate_all(opened.task, [config.build() for config in configs], opened.held_out)
+    precision = Precision(opened.recipe.run.precision, opened.world.device)
+    return evaluate_all(opened.task, [config.build() for config in configs], opened.held_out, precision)
 
 
 class _Evals(Config):

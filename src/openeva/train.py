@@ -28,6 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
+from openeva.evals.base import shared_features
 from openeva.tasks.base import Task
 
 
@@ -163,7 +164,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                     log.say(f"the optimizer differs from the checkpoint's: {'; '.join(checkpoints.changed_settings)}")
 
             def evaluate(step: int) -> Record:
-                record = evaluate_all(task, evals, held_out, state.ema)
+                record = evaluate_all(task, evals, held_out, precision, state.ema)
                 for images in held_out.values():
                     loader.broken.update(images.broken)  # named and counted with those met in training
                 return record
@@ -296,17 +297,22 @@ def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precis
         max_rewinds=recipe.run.max_rewinds,
 
 
-def evaluate_all(task: Task, evals: list[Any], loaders: dict[str, EvalLoader], ema: Ema | None = None) -> Record:
-    """The task's held-out metrics and all evaluations; with an averaged copy, the held-out metrics of that too."""
+def evaluate_all(
+    task: Task, evals: list[Any], loaders: dict[str, EvalLoader], precision: Precision, ema: Ema | None = None
+) -> Record:
+    """The task's held-out metrics and all evaluations, in the precision of the training's forward pass.
+
+    With an averaged copy, the held-out metrics of that too.
+    """
     if "val" not in loaders:
         return {}
     task.eval()
-    with distributed.gathered(task.trainable):
+    with distributed.gathered(task.trainable), precision.autocast(), shared_features():
         record: Record = dict(task.evaluate(loaders["val"]))
         for evaluation in evals:
             record.update(evaluation.run(task, loaders))
     if ema is not None:
-        with ema.applied(), distributed.gathered(task.trainable):
+        with ema.applied(), distributed.gathered(task.trainable), precision.autocast():
             record.update({f"ema_{key}": value for key, value in task.evaluate(loaders["val"]).items()})
     return record
 
