@@ -56,16 +56,16 @@ class RunConfig(Config):
         Duration(0, "steps"), description="also keep the first one after each such stretch; 0 for none"
     )
     max_bad_in_a_row: int = Field(20, gt=0, description="non-finite steps before returning to the last checkpoint")
-    eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
     max_rewinds: int = Field(3, ge=0, description="such returns in the whole run before it gives up")
+    eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
     wandb: str | None = Field(None, description="also log to this W&B project")
-
 
     @model_validator(mode="after")
     def _never_silent(self) -> "RunConfig":
         if not self.log_every.value:
             raise ValueError("log_every cannot be 0: skipped steps and broken files would stay unseen; log less often")
         return self
+
 
 class Recipe(Config):
     """Everything that defines a run."""
@@ -293,8 +293,8 @@ def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precis
         flops_per_sample=task.flops_per_sample(),
         peak_flops=peak_flops(world.device, precision.dtype),
         max_bad_in_a_row=recipe.run.max_bad_in_a_row,
-    )
         max_rewinds=recipe.run.max_rewinds,
+    )
 
 
 def evaluate_all(
