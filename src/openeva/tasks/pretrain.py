@@ -119,7 +119,8 @@ class PretrainTask(Task):
     def view_spec(self, *, train: bool) -> ViewSpec:
         """What the loader should make of each image; held-out data get the alternating mask (spec section 2.4)."""
         masking = self.masking if train else AlternateMasking().build(self.grid)
-        return ViewSpec(self._image_size, self.target.view.image_size, masking)
+        looked_up = train and getattr(self.config.target, "cache", False)  # then nobody looks at the target's view
+        return ViewSpec(self._image_size, None if looked_up else self.target.view.image_size, masking)
 
     def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
         """Let the target see the training images once, where it needs statistics or a cache of features."""
