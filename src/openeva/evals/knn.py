@@ -40,9 +40,10 @@ class Knn:
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"knn_accuracy": ...}` on the held-out images."""
         train, val = extract_features(task.backbone, loaders["train"]), extract_features(task.backbone, loaders["val"])
-        scores_BC = knn_scores(
-            train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature
-        )
+        with torch.autocast("cpu", enabled=False):  # the features may come from one; neighbours are told apart in fp32
+            scores_BC = knn_scores(
+                train.pooled, train.labels, val.pooled, k=self.config.k, temperature=self.config.temperature
+            )
         return {"knn_accuracy": (scores_BC.argmax(1) == val.labels).float().mean().item()}
 
 
