@@ -18,6 +18,7 @@ from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture
 from openeva.data.sources.base import Sample
 from openeva.data.views import CropConfig, ViewSpec, normalise
+from openeva.engine.loop import to_device
 from openeva.losses.cosine import negative_cosine
 from openeva.targets.features import Config
 
@@ -313,6 +314,15 @@ def test_cache_equals_computing(tmp_path, standardise):
     file = tmp_path / "features/features-0-of-1.npy"
     assert np.load(file, mmap_mode="r").shape == (10, 2, 9, 192)
     assert 0 <= file.stat().st_size - target.cache_bytes(10) <= 256
+
+
+def test_the_loop_leaves_on_the_host_what_the_cache_is_asked_by():
+    """From the device they could be read only by waiting for it, in every step."""
+    batch = {"image": torch.zeros(1, 3, 8, 8), "index": torch.tensor([3]), "flip": torch.tensor([True]), "broken": []}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["image"].is_meta
+    assert moved["index"].tolist() == [3]
+    assert moved["flip"].tolist() == [True]
 
 
 def test_cache_is_made_once(tmp_path):
