@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import read_native
+from openeva.checkpoints.native import is_complete, read_native
 from openeva.config import Config, ConfigError, Eval, parse_yaml, validate
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.engine import distributed
@@ -60,7 +60,7 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
         FileNotFoundError: The run has not finished: there is no exported model yet.
     """
     recipe = read_run_recipe(run)
-    if trained and not (run / "model").is_dir():
+    if trained and not is_complete(run / "model"):
         raise FileNotFoundError(f"{run} has no model yet: finish it with `openeva train {run / 'config.yaml'}`")
     world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     torch.manual_seed(recipe.run.seed)

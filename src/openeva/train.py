@@ -8,7 +8,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -28,7 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
-from openeva.evals.base import shared_features
+from openeva.evals.base import Evaluation, needs_of, shared_features
 from openeva.tasks.base import Task
 
 
@@ -77,6 +77,12 @@ class Recipe(Config):
     evals: list[Eval] = Field([], description="measured every run.evaluate_every beside the task's own held-out loss")
 
     @model_validator(mode="after")
+    def _evals_need_held_out_images(self) -> "Recipe":
+        if self.evals and not (self.data.val or self.data.holdout):
+            raise ValueError("evals are measured on held-out images: give data.val or data.holdout, or set evals=[]")
+        return self
+
+    @model_validator(mode="after")
     def _cache_needs_fixed_crops(self) -> "Recipe":
         target = getattr(self.task, "target", None)
         if getattr(target, "cache", False) and (self.data.crop.kind != "center" or self.data.crop.color_jitter):
@@ -122,6 +128,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         seed_everything(run.seed)
         with scanning(console if world.is_main else None) as progress:
             train_data, val_data = recipe.data.open(progress)
+        evals = build_evals(recipe, train_data, val_data)
         task: Task = recipe.task.build().to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
@@ -147,7 +154,6 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
             keep_every=lengths.steps(run.keep_every),
             notes={"data": train_data.identity} if isinstance(train_data, Mixture) else None,
         )  # fmt: skip
-        evals = [config.build() for config in recipe.evals]
         loop, stop = loop_config(recipe, task, lengths, precision, world), StopSignal()
         with RunLog(
             run.out, active=world.is_main, total_steps=lengths.total, console=console, wandb_project=run.wandb,
@@ -170,8 +176,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 return record
 
             status = run_loop(
-                task, loader, state, loop, world=world, checkpoints=checkpoints, log=log, evaluate=evaluate,
-                stop_signal=stop,
+                task, loader, state, loop, world=world, checkpoints=checkpoints, log=log,
+                evaluate=evaluate if "val" in held_out else None, stop_signal=stop,
             )  # fmt: skip
             log.write_summary({"broken_files": len(log.broken), "broken": dict(sorted(log.broken.items())[:100])})
         if status == "finished":
@@ -200,6 +206,27 @@ def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
             ]
         )
     return per_process // micro_batch, micro_batch
+
+
+def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -> list[Evaluation]:
+    """The recipe's evaluations.
+
+    Raises:
+        ConfigError: The data lack what one of them needs.
+    """
+    evals: list[Evaluation] = [config.build() for config in recipe.evals]
+    problems = []
+    for config, needs in zip(recipe.evals, map(needs_of, evals), strict=True):
+        if "train" in needs and isinstance(train, Streams):
+            problems.append(f"evals: {config.name} needs training images that are files: streams cannot be read twice")
+        for part, data in (("train", train), ("val", val)):
+            if "labels" in needs and data is not None and not all(source.num_classes for source in data.sources):
+                problems.append(
+                    f"evals: {config.name} needs labels, but data.{part} has none (image_folder: labels=true)"
+                )
+    if problems:
+        raise ConfigError(problems)
+    return evals
 
 
 def train_loader(recipe: Recipe, task: Task, data: Mixture | Streams, world: World) -> TrainLoader:
@@ -298,7 +325,7 @@ def loop_config(recipe: Recipe, task: Task, lengths: _Lengths, precision: Precis
 
 
 def evaluate_all(
-    task: Task, evals: list[Any], loaders: dict[str, EvalLoader], precision: Precision, ema: Ema | None = None
+    task: Task, evals: list[Evaluation], loaders: dict[str, EvalLoader], precision: Precision, ema: Ema | None = None
 ) -> Record:
     """The task's held-out metrics and all evaluations, in the precision of the training's forward pass.
 
@@ -347,7 +374,8 @@ def dry_run(recipe: Recipe) -> list[str]:
     world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     try:
         split_batch(recipe.run, world)
-        train_data, _ = recipe.data.open()
+        train_data, val_data = recipe.data.open()
+        build_evals(recipe, train_data, val_data)
         task: Task = recipe.task.build()
         loader = train_loader(recipe, task, train_data, world)
         return describe(recipe, task, loader, _Lengths(recipe, loader.steps_per_epoch), world)

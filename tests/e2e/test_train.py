@@ -1,7 +1,9 @@
 """Whole runs in this process: what is learnt, what is refused, what a folder of real files brings."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from safetensors.torch import load_file
 
 from e2e.toy import BASE, checkpoint, differences, recipe
 from openeva.backbones import vit
+from openeva.checkpoints import native
 from openeva.config import ConfigError, apply_overrides
 from openeva.data.loader import TooManyBrokenError
 from openeva.engine.log import read_log
 from openeva.engine.state import CheckpointError
+from openeva.evaluate import open_run
+from openeva.report.look import bring_back
 from openeva.train import Recipe, train
 
 NO_EVALUATION = ("data.holdout=0", "run.evaluate_every=0 steps", "run.save_every=0 steps")
@@ -58,6 +63,32 @@ def test_both_exported_models_are_those_of_the_last_checkpoint(tmp_path: Path) -
         exported = load_file(tmp_path / name / "model.safetensors")
         assert differences(exported, {key: expected[key] for key in exported}) == []
     assert differences(*(load_file(tmp_path / name / "model.safetensors") for name in ("model", "model_ema")))
+
+
+def test_a_run_killed_while_its_model_is_written_is_unfinished_and_can_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path, "run.length=2 steps")
+
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, write: Callable[[Path], None], original: Any = native.write_atomically) -> None:
+        if path == tmp_path / "model" / "config.json":
+            raise Killed
+        original(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "write_atomically", die)
+        with pytest.raises(Killed):
+            train(made)
+    assert (tmp_path / "model/model.safetensors").is_file()
+    with pytest.raises(FileNotFoundError, match="finish it with `openeva train"):
+        open_run(tmp_path)
+    assert bring_back(tmp_path, made)[1] == "the checkpoint of step 2"
+    train(made)
+    assert open_run(tmp_path).recipe == made
+    assert bring_back(tmp_path, made)[1] == "the finished model"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -14,11 +14,14 @@ from PIL import Image
 from rich.console import Console
 
 from e2e.toy import recipe
+from openeva.backbones import vit
+from openeva.config import ConfigError
 from openeva.data.mixture import open_sources
 from openeva.data.sources.image_folder import Config as ImageFolder
+from openeva.engine.log import read_log
 from openeva.engine.loop import NonFiniteError
 from openeva.tasks.pretrain import PretrainTask
-from openeva.train import Recipe, train
+from openeva.train import Recipe, dry_run, train
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +112,46 @@ def test_the_number_of_returns_is_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     changes = ("run.save_every=1 steps", "run.max_bad_in_a_row=2", "run.evaluate_every=0 steps")
     with pytest.raises(NonFiniteError, match=r"1 rewinds so far"):
         train(recipe(tmp_path, *changes, "run.max_rewinds=1"))
+
+
+def test_evaluations_without_held_out_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"held-out images: give data.val or data.holdout, or set evals=\[\]"):
+        recipe(tmp_path, "data.holdout=0", "evals=[knn]")
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe"])
+def test_evaluations_that_need_labels_are_refused_before_a_model_is_built(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vit.Config, "build", lambda self: pytest.fail("a model was built"))
+    for number in range(6):
+        image(tmp_path / "images" / f"{number}.png")
+    source = f"data.train=[{{name: image_folder, roots: {tmp_path / 'images'}}}, {{name: scenes, num_images: 9}}]"
+    made = recipe(tmp_path / "run", source, "evals=[masked_cosine, " + name + "]")
+    for start in (train, dry_run):
+        with pytest.raises(ConfigError, match=f"evals: {name} needs labels, but data.train has none") as caught:
+            start(made)
+        assert "masked_cosine" not in str(caught.value)
+
+
+def test_evaluations_that_need_training_images_refuse_a_stream(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number in range(8):
+            shard.add(image(tmp_path / "images" / f"{number}.png"), f"{number}.png")
+    source = f"data.train=[{{name: webdataset, shards: {tmp_path / 'a.tar'}, stream: true, samples_per_epoch: 8}}]"
+    val = "data.val=[{name: scenes, num_images: 8, size: 32}]"
+    made = recipe(tmp_path / "run", source, val, "data.holdout=0", "evals=[masked_cosine]")
+    with pytest.raises(ConfigError, match="masked_cosine needs training images that are files"):
+        dry_run(made)
+    dry_run(recipe(tmp_path / "run", source, val, "data.holdout=0", "evals=[{name: masked_cosine, baselines: false}]"))
+
+
+def test_without_held_out_images_the_log_has_no_empty_evaluations(tmp_path: Path) -> None:
+    train(recipe(tmp_path, "data.holdout=0", "run.length=2 steps", "run.evaluate_every=1 steps"))
+    assert [set(record) >= {"loss"} for record in read_log(tmp_path)] == [True, True]
+
+
+def test_what_learns_is_one_child_of_the_task(tmp_path: Path) -> None:
+    task = recipe(tmp_path).task.build()
+    assert {name.split(".")[0] for name in task.state_dict()} == {"target", "trainable"}
+    assert task.student is task.trainable

@@ -87,6 +87,15 @@ def read_native(folder: Path) -> tuple[StateDict, dict[str, Any]]:
     return state_dict, config
 
 
+def is_complete(folder: Path) -> bool:
+    """True where a folder holds a whole model: both files, of one save (a save that was killed leaves less)."""
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(_SAVE_ID)
+        return bool(saved == _metadata(folder / WEIGHTS_FILE).get(_SAVE_ID))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def native_grid(config: Mapping[str, Any]) -> Grid | None:
     """Patch grid of the backbone that a config describes; None where it does not say."""
     backbone = (config.get("task") or {}).get("backbone") or {}

@@ -19,7 +19,10 @@ from openeva.data.views import normalise
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """Measures a task's model on data."""
+    """Measures a task's model on data.
+
+    It may say what it cannot do without, as an attribute `needs` (see `needs_of`).
+    """
 
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """Metrics by name.
@@ -29,6 +32,11 @@ class Evaluation(Protocol):
             loaders: `"train"` (evaluation transform, in order) and `"val"`; batches as in `data/loader.py`.
         """
         ...
+
+
+def needs_of(evaluation: Evaluation) -> frozenset[str]:
+    """What the data must have: "labels", "train" (training images that can be read by number)."""
+    return frozenset(getattr(evaluation, "needs", ()))
 
 
 class LabelledFeatures(NamedTuple):

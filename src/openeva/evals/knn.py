@@ -34,6 +34,8 @@ class Config(ComponentConfig):
 class Knn:
     """See the module's text."""
 
+    needs = frozenset({"train", "labels"})
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

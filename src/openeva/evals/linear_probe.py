@@ -45,6 +45,8 @@ class Config(ComponentConfig):
 class LinearProbe:
     """See the module's text."""
 
+    needs = frozenset({"train", "labels"})
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from openeva.backbones.base import Features
 from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import read_native
+from openeva.checkpoints.native import is_complete, read_native
 from openeva.config import ComponentConfig
 from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture, Streams
@@ -207,7 +207,8 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
     """
     checkpoints = Checkpoints(run / "checkpoints", {})
     exported = run / "model"
-    if not exported.is_dir() and not checkpoints.steps():
+    finished = is_complete(exported)
+    if not finished and not checkpoints.steps():
         raise NoPicturesError("it has not saved any weights yet")
     config = recipe.task
     if "init_from" in type(config).model_fields:
@@ -220,7 +221,7 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
         task = config.build()
     if not isinstance(task, PretrainTask):
         raise NoPicturesError(f"its task {config.name!r} does not predict patches")
-    if exported.is_dir():
+    if finished:
         load_into(task.trainable, read_native(exported)[0])
         source = "the finished model"
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from openeva.checkpoints.native import is_complete
 from openeva.engine.log import Record, read_log
 from openeva.engine.state import Checkpoints
 from openeva.evaluate import read_run_recipe
@@ -44,7 +45,7 @@ class Facts:
     @property
     def finished(self) -> bool:
         """True once the model was exported."""
-        return (self.run / "model").is_dir()
+        return is_complete(self.run / "model")
 
     @property
     def predicts_features(self) -> bool:

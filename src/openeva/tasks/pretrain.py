@@ -9,7 +9,7 @@ Paper: EVA section 2.1. Source: spec sections 1.3, 2.2, 2.3: the loss is a mean 
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,7 @@ from openeva.config import ComponentConfig
 from openeva.config import Target as TargetField
 from openeva.data.masking import AlternateMasking, Masking
 from openeva.data.views import ViewSpec, normalise
-from openeva.engine.distributed import sum_over_processes
+from openeva.engine.distributed import sum_over_processes, unwrap
 from openeva.engine.timing import section
 from openeva.targets.base import Target
 from openeva.tasks.base import Batch, Task
@@ -92,7 +92,6 @@ class PretrainTask(Task):
         self.masking = config.masking.build(self.grid)
         self.target: Target = config.target.build(self.grid)
         self.trainable = MimStudent(backbone, self.target.width)
-        self.student: MimStudent = self.trainable
         self.load_report: LoadReport | None = None
         if config.init_from is not None:
             self.load_report = self._start_from(config.init_from)
@@ -110,6 +109,11 @@ class PretrainTask(Task):
             for name in ("head.weight", "head.bias"):
                 weights.state_dict.pop(name, None)
         return load_into(self.student, weights, fresh=() if self.config.init_head else ("head",), grid=self.grid)
+
+    @property
+    def student(self) -> MimStudent:
+        """What learns, without the wrapper of data-parallel training."""
+        return cast("MimStudent", unwrap(self.trainable))
 
     @property
     def backbone(self) -> Backbone:
