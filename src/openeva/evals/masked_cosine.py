@@ -75,13 +75,9 @@ class MaskedCosine:
 
 
 def masks_of(task: Any, index_B: Int[Tensor, "B"], seed: int) -> Bool[Tensor, "B N"]:
-    """One mask for each sample, by its number alone."""
-    return torch.cat([draw_masks(task, 1, random.Random(seed_of(seed, index))) for index in index_B.tolist()])
-
-
-def draw_masks(task: Any, num_images: int, rng: random.Random) -> Bool[Tensor, "B N"]:
-    """Masks of the kind the task trains with."""
-    return torch.from_numpy(np.stack([task.masking(rng).reshape(-1) for _ in range(num_images)]))
+    """One mask of the kind the task trains with for each sample, by its number alone."""
+    masks = [task.masking(random.Random(seed_of(seed, index))).reshape(-1) for index in index_B.tolist()]
+    return torch.from_numpy(np.stack(masks))
 
 
 def predict_patches(task: Any, batch: dict[str, Any], mask_BN: Bool[Tensor, "B N"]) -> Float[Tensor, "B N V"]:

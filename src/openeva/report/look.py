@@ -6,7 +6,6 @@ The nearest images are found by cosine of the student's pooled features, the who
 feature maps come from one principal component analysis per model over all shown images.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +31,9 @@ from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import normalise
 from openeva.engine.distributed import World
+from openeva.engine.loop import to_device
 from openeva.engine.state import Checkpoints
-from openeva.evals.masked_cosine import draw_masks, predict_patches
+from openeva.evals.masked_cosine import masks_of, predict_patches
 from openeva.tasks.pretrain import PretrainTask
 from openeva.train import Recipe, prepare
 
@@ -282,7 +282,7 @@ class _Seen(_Pooled):
 
 def _batches(task: PretrainTask, loader: EvalLoader, count: _Count) -> Iterator[dict[str, Any]]:
     for batch in loader:
-        yield {k: v.to(_device(task)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        yield to_device(batch, _device(task))
         count.add(len(batch["index"]))
 
 
@@ -306,10 +306,9 @@ def _pool(task: PretrainTask, loader: EvalLoader, count: _Count) -> _Pooled:
 
 
 def _predict(task: PretrainTask, loader: EvalLoader, count: _Count) -> _Seen:
-    rng = random.Random(0)
     parts = []
     for batch in _batches(task, loader, count):
-        mask_BN = draw_masks(task, len(batch["index"]), rng).to(_device(task))
+        mask_BN = masks_of(task, batch["index"], seed=0).to(_device(task))
         features = _encode(task, batch)
         parts.append([
             _best_pixels(batch), batch["index"], batch["label"], features.pooled.float(), mask_BN, task.targets(batch),
