@@ -103,10 +103,10 @@ def composed_attention(
 
 
 def _prefers_composed(q_BHSK: Tensor) -> bool:
-    """Whether to train through `composed_attention`: torch's fused kernel for CPUs has a bf16 backward pass that is slow.
+    """Whether to train through `composed_attention`: the fused kernel for CPUs has a backward pass that is slow in bf16.
 
-    Measured at 197 tokens on two cores with AMX: fused 4 ms forward and 23 to 29 ms backward, composed 6 and 9 to 13. In
-    fp32 and without gradients the fused kernel is the faster one.
+    Measured at 197 tokens on two cores with AMX: fused 4 ms forward and 23 to 29 ms backward, composed 6 and 9 to 13.
+    In fp32 and without gradients the fused kernel is the faster one.
     """
     reduced = q_BHSK.dtype in {torch.bfloat16, torch.float16}
     return q_BHSK.device.type == "cpu" and reduced and q_BHSK.requires_grad and q_BHSK.shape[2] <= LONGEST_COMPOSED
