@@ -103,7 +103,7 @@ def composed_attention(
 
 
 def _prefers_composed(q_BHSK: Tensor) -> bool:
-    """Whether to train through `composed_attention`: the fused kernel for CPUs has a backward pass that is slow in bf16.
+    """Whether to train through `composed_attention`: torch's fused kernel for CPUs has a slow backward pass in bf16.
 
     Measured at 197 tokens on two cores with AMX: fused 4 ms forward and 23 to 29 ms backward, composed 6 and 9 to 13.
     In fp32 and without gradients the fused kernel is the faster one.
