@@ -20,7 +20,7 @@ from openeva.config import Task as TaskField
 from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
 from openeva.data.mixture import Mixture, Streams
 from openeva.engine import distributed
-from openeva.engine.distributed import CompileMode, Strategy, World
+from openeva.engine.distributed import CompileMode, Shard, Strategy, World
 from openeva.engine.ema import Ema
 from openeva.engine.hardware import environment, peak_flops
 from openeva.engine.log import Record, RunLog, counting, scanning
@@ -47,6 +47,9 @@ class RunConfig(Config):
         "auto", description="of the forward pass; fp32 means all of it: no TF32 on a GPU either"
     )
     strategy: Strategy = "auto"
+    shard: Shard = Field(
+        "all", description="with strategy fsdp: spread weights over all processes, or (node) over those of each node"
+    )
     compile: CompileMode = "off"
     log_every: Duration = Duration(10, "steps")
     evaluate_every: Duration = Duration(1, "epochs")
@@ -141,7 +144,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
 
         precision = Precision(run.precision, world.device)
         task.trainable = distributed.wrap(
-            task.trainable, task.blocks(), world, run.strategy, run.compile, precision.dtype
+            task.trainable, task.blocks(), world, run.strategy, run.compile, precision.dtype, run.shard
         )
         optimizer = adamw(
             distributed.unwrap(task.trainable), recipe.optim, no_decay=task.backbone.no_weight_decay(),

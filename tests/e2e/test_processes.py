@@ -68,6 +68,20 @@ def test_two_sharded_processes(alone: Path, sharded: Path) -> None:
             torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+def train_on_nodes_of_two(content: dict[str, Any]) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    train_here(content)
+
+
+def test_two_nodes_of_two_processes_sharded_within_each(alone: Path, tmp_path: Path) -> None:
+    made_of_four = made(tmp_path, "run.strategy=fsdp", "run.shard=node", "run.micro_batch=2")
+    assert_same(train_in_processes(made_of_four, 4, train_on_nodes_of_two), alone)
+    files = (tmp_path / "checkpoints/step_00000010").glob("*.distcp")
+    assert sum(file.stat().st_size for file in files) < 1.5 * sum(
+        file.stat().st_size for file in (alone / "checkpoints/step_00000010").glob("*.distcp")
+    )  # each weight once, not once per node
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_continued_on_another_number_of_processes(size: int, alone: Path, sharded: Path, tmp_path: Path) -> None:
     copy_until(sharded if size == 1 else alone, 5, tmp_path)

@@ -52,6 +52,12 @@ def test_unconnected_processes_are_refused() -> None:
         wrap(nn.Linear(2, 2), [], World(0, 2, torch.device("cpu")), "none", "off", torch.float32)
 
 
+def test_nodes_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="as many processes on each node: 6 are not 4 each"):
+        wrap(nn.Linear(2, 2), [], World(0, 6, torch.device("cpu")), "fsdp", "off", torch.float32, "node")
+
+
 @pytest.mark.parametrize("mode", ["blocks", "model"])
 def test_compilation_is_asked_for_where_the_recipe_says(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []

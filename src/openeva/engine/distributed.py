@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 Strategy = Literal["auto", "none", "ddp", "fsdp"]
+Shard = Literal["all", "node"]
 CompileMode = Literal["off", "blocks", "model"]
 
 
@@ -67,6 +68,7 @@ def wrap(
     strategy: Strategy,
     compile_mode: CompileMode,
     dtype: torch.dtype,
+    shard: Shard = "all",
 ) -> nn.Module:
     """Compile, then wrap for data parallel training.
 
@@ -77,9 +79,10 @@ def wrap(
         strategy: "auto" is DDP with several processes. With one process nothing is wrapped, whatever it says.
         compile_mode: "blocks" compiles one block once and uses it for all; "model" compiles the whole forward pass.
         dtype: Compute precision; FSDP gathers weights in it and reduces gradients in fp32.
+        shard: Over which processes FSDP spreads the weights: all, or those of a node, each of which has all weights.
 
     Raises:
-        ValueError: Several processes, but a strategy that does not join them.
+        ValueError: Several processes, but a strategy that does not join them, or nodes of different sizes.
     """
     if world.size > 1 and strategy == "none":
         raise ValueError(f"run.strategy none would train {world.size} unconnected models; use auto, ddp or fsdp")
@@ -92,7 +95,7 @@ def wrap(
         return module
     if strategy == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        mesh = _mesh(world, shard)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -100,6 +103,17 @@ def wrap(
     # buffers are constants (positions); broadcasting them would make evaluation a collective operation
     device_ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+def _mesh(world: World, shard: Shard) -> DeviceMesh:
+    """Processes in a row, or nodes x processes of a node: weights are spread over the last axis."""
+    if shard == "all":
+        return init_device_mesh(world.device.type, (world.size,))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % per_node:
+        raise ValueError(f"run.shard node needs as many processes on each node: {world.size} are not {per_node} each")
+    shape = (world.size // per_node, per_node)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 @contextmanager
