@@ -146,6 +146,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         task.trainable = distributed.wrap(
             task.trainable, task.blocks(), world, run.strategy, run.compile, precision.dtype, run.shard
         )
+        task.speed_up_frozen(compile_forward=run.compile != "off")
         optimizer = adamw(
             distributed.unwrap(task.trainable), recipe.optim, no_decay=task.backbone.no_weight_decay(),
             num_layers=task.backbone.num_layers,

@@ -20,7 +20,7 @@ from openeva.data.sources.base import Sample
 from openeva.data.views import CropConfig, ViewSpec, normalise
 from openeva.engine.loop import to_device
 from openeva.losses.cosine import negative_cosine
-from openeva.targets.features import Config
+from openeva.targets.features import Config, store_reduced
 
 TIMM = {"name": "timm", "weights": "random", "image_size": 64}
 VIT = TIMM | {"model": "vit_tiny_patch16_224"}
@@ -413,3 +413,33 @@ def test_parts_of_several_processes_are_one_cache(tmp_path):
     index_B, flip_B = np.array([4, 1, 5, 0]), np.array([True, False, False, True])
     np.testing.assert_array_equal(cache.lookup(index_B, flip_B), features[index_B, flip_B.astype(int)])
     assert cache.samples.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------------------------------------------------- speed
+
+
+SMALL_VIT = {"name": "vit", "image_size": 64, "patch_size": 16, "width": 32, "depth": 2, "num_heads": 2,
+             "mlp_hidden": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", [SMALL_VIT, VIT, TIMM | {"model": "convnext_atto"}], ids=str)
+def test_weights_stored_in_reduced_precision_give_the_same_features(teacher):
+    target = Config(teacher=teacher, precision="bf16").build((4, 4))
+    image_BCYX = torch.randn(2, 3, 64, 64)
+    before_BNV = target(image_BCYX)
+    store_reduced(target.teacher, torch.bfloat16)
+    assert torch.equal(target(image_BCYX), before_BNV)
+    by_dtype = dict.fromkeys((torch.float32, torch.bfloat16), 0)
+    for parameter in target.teacher.parameters():
+        by_dtype[parameter.dtype] += parameter.numel()
+    assert by_dtype[torch.bfloat16] > 10 * by_dtype[torch.float32] > 0
+    assert all(p.dtype == torch.float32 for m in target.modules() if "Norm" in type(m).__name__ for p in m.parameters())
+
+
+@pytest.mark.parametrize("compile_forward", [False, True])
+def test_a_teacher_is_compiled_where_asked_for_and_stays_as_it_is_on_a_cpu(compile_forward, monkeypatch):
+    target, compiled = Config(teacher=SMALL_VIT, precision="bf16").build((4, 4)), []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))  # noqa: PLW0108  a method
+    target.speed_up(compile_forward=compile_forward)
+    assert compiled == [target.teacher] * compile_forward
+    assert {parameter.dtype for parameter in target.teacher.parameters()} == {torch.float32}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from e2e.toy import recipe
 from openeva.backbones import vit
@@ -155,3 +156,12 @@ def test_what_learns_is_one_child_of_the_task(tmp_path: Path) -> None:
     task = recipe(tmp_path).task.build()
     assert {name.split(".")[0] for name in task.state_dict()} == {"target", "trainable"}
     assert task.student is task.trainable
+
+
+@pytest.mark.parametrize("mode", ["off", "blocks", "model"])
+def test_compilation_includes_the_teacher(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    train(recipe(tmp_path, f"run.compile={mode}", "run.length=1 steps", "optim.warmup=0 steps", "data.holdout=0"))
+    student = {"off": [], "blocks": ["Block", "Block"], "model": ["MimStudent"]}[mode]
+    assert compiled == student + ["VisionTransformer"] * (mode != "off")

@@ -72,6 +72,9 @@ class Target(nn.Module):
         """Loss over the masked patches of a batch; rows of weight 0 (padding) do not count."""
         raise NotImplementedError
 
+    def speed_up(self, *, compile_forward: bool) -> None:
+        """Make `forward` faster, with the same result up to rounding; called once, on the device, before training."""
+
     def flops(self) -> float:
         """FLOPs that one image costs the target (a teacher's forward pass; 0 for pixels)."""
         return 0.0

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openeva.backbones.base import STATISTICS, Backbone
@@ -165,6 +165,14 @@ class FeatureTarget(Target):
         """Minus the mean cosine over the masked patches of the batch, in fp32."""
         return negative_cosine(predicted_MV, target_MV, weight_M)
 
+    def speed_up(self, *, compile_forward: bool) -> None:
+        """Store the teacher's large weights as its forward pass on a GPU reads them, and compile it where asked for."""
+        precision = resolve_precision(self.config.precision, self.mean_V.device)
+        if self.mean_V.is_cuda and precision != "fp32":
+            store_reduced(self.teacher, DTYPES[precision])
+        if compile_forward:
+            self.teacher.compile()
+
     def flops(self) -> float:
         """FLOPs of the teacher for one image; 0 when its features are cached."""
         return 0.0 if self.cached else self.teacher.flops()
@@ -265,6 +273,13 @@ class FeatureTarget(Target):
         for batch in images.part(limit=wanted):
             yield self._of_batch(batch)
             report(len(batch["index"]))
+
+
+def store_reduced(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that autocast would cast at each use; it remembers its casts only of weights that learn."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.to(dtype)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

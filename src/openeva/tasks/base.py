@@ -24,8 +24,7 @@ class Task(nn.Module):
 
     Attributes:
         trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP.
-            Frozen
-            teachers and tokenizers sit beside it as other children.
+            Frozen teachers and tokenizers sit beside it as other children.
     """
 
     trainable: nn.Module
@@ -47,6 +46,9 @@ class Task(nn.Module):
             folder: Where to keep what was found.
             progress: Called with the number of images done.
         """
+
+    def speed_up_frozen(self, *, compile_forward: bool) -> None:
+        """Make what is frozen faster; called once, on the device and after `prepare`, before training."""
 
     def blocks(self) -> list[nn.Module]:
         """Repeated layers: the units of sharding and of block-wise compilation."""

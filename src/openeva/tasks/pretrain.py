@@ -132,6 +132,10 @@ class PretrainTask(Task):
         if getattr(target, "needs_preparation", False):
             target.prepare(images, folder, progress)
 
+    def speed_up_frozen(self, *, compile_forward: bool) -> None:
+        """Let the target get faster."""
+        self.target.speed_up(compile_forward=compile_forward)
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss over the masked patches of a batch, and the mean cosine as a scalar for the log."""
         index_M, weight_M = batch["masked_index"], batch["masked_weight"]
