@@ -3,7 +3,7 @@
 Per image one mask of the training kind, the same whatever the batch or process; cosine between prediction and target
 at the hidden patches, averaged over all of them.
 The baselines predict the mean of the image's visible target vectors, the position's mean over the training images,
-and the target vector of another image at the same position. A student that does not beat them has learned nothing
+and the target vector of a training image at the same position. A student that does not beat them has learned nothing
 about context.
 """
 
@@ -25,6 +25,8 @@ from openeva.engine.distributed import sum_over_processes
 from openeva.engine.loop import to_device
 
 NAMES = ("masked_cosine", "visible_mean", "position_mean", "other_image")
+NUM_OTHERS = 64
+"""Training images, one of each batch, that stand for "another image": neighbours in a data set are often alike."""
 
 
 class Config(ComponentConfig):
@@ -50,26 +52,21 @@ class MaskedCosine:
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"masked_cosine": ...}` and, with baselines, `visible_mean`, `position_mean` and `other_image` beside it."""
         device = next(task.parameters()).device
-        position_NV = _position_mean(task, loaders["train"], device) if self.config.baselines else None
+        known = _look_at_training_images(task, loaders["train"], device) if self.config.baselines else None
         total_K, count_K = (torch.zeros(len(NAMES), dtype=torch.float64) for _ in range(2))
-        last_1NV = None
         for host_batch in loaders["val"]:
             batch = to_device(host_batch, device)
             target_BNV = task.targets(batch)
             mask_BN = masks_of(task, host_batch["index"], self.config.seed).to(device)
             guesses = [predict_patches(task, batch, mask_BN)]
-            if position_NV is not None:
-                before_BNV = target_BNV.roll(1, dims=0)
-                if last_1NV is not None:
-                    before_BNV[:1] = last_1NV
-                guesses += [_visible_mean(target_BNV, mask_BN), position_NV.expand_as(target_BNV), before_BNV]
+            if known is not None:
+                position_NV, others_KNV = known
+                chosen_B = [seed_of(self.config.seed, 1, i) % len(others_KNV) for i in host_batch["index"].tolist()]
+                guesses += [_visible_mean(target_BNV, mask_BN), position_NV.expand_as(target_BNV), others_KNV[chosen_B]]
             for number, guess_BNV in enumerate(guesses):
-                if NAMES[number] == "other_image" and last_1NV is None and len(target_BNV) == 1:
-                    continue  # there is no other one
                 cosine_BN = F.cosine_similarity(guess_BNV.float(), target_BNV, dim=-1)
                 total_K[number] += cosine_BN[mask_BN].sum().item()
                 count_K[number] += mask_BN.sum().item()
-            last_1NV = target_BNV[-1:]
         totals, counts = sum_over_processes(total_K).tolist(), sum_over_processes(count_K).tolist()
         return {name: total / count for name, total, count in zip(NAMES, totals, counts, strict=True) if count}
 
@@ -94,11 +91,19 @@ def _visible_mean(target_BNV: Float[Tensor, "B N V"], mask_BN: Bool[Tensor, "B N
     return mean_B1V.expand_as(target_BNV)
 
 
-def _position_mean(task: Any, loader: Iterable[dict[str, Any]], device: torch.device) -> Float[Tensor, "N V"]:
+def _look_at_training_images(
+    task: Any, loader: Iterable[dict[str, Any]], device: torch.device
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "K N V"]]:
+    """The mean target of each position, and the targets of some images from all over the data (one of each batch)."""
     total_NV = torch.zeros(task.grid[0] * task.grid[1], task.target.width, device=device)
     count = torch.zeros((), device=device)
+    some: list[Tensor] = []
     for host_batch in loader:
         target_BNV = task.targets(to_device(host_batch, device))
         total_NV += target_BNV.sum(0)
         count += len(target_BNV)
-    return sum_over_processes(total_NV) / sum_over_processes(count)
+        if len(some) < NUM_OTHERS:
+            some.append(target_BNV[0])
+    if not some:  # a process whose share of the training images is empty
+        some.append(torch.zeros_like(total_NV))
+    return sum_over_processes(total_NV) / sum_over_processes(count), torch.stack(some)
