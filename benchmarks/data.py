@@ -9,7 +9,7 @@ collate:
 - peer: torchvision `ImageFolder` + `DataLoader`, `RandomResizedCrop`, `RandomHorizontalFlip`, `ToTensor`, `Normalize`;
 - ours: `image_folder` + `TrainLoader`, and `normalise` in the consuming process, which is timed too (a GPU would do
   it);
-- decoder: simplejpeg alone on the same bytes in memory, in one thread: no loader on that decoder can be faster per core.
+- decoder: simplejpeg alone on the same bytes in memory, one thread: no loader on that decoder can be faster per core.
 
 Also: masks per second and drawn scenes per second.
 """
