@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -357,6 +357,7 @@ def test_long_series_are_drawn_as_means() -> None:
     assert len({y for _, y in line}) == 1
 
 
+@example([1.0, 2.225073858507203e-309], True)
 @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=20), st.booleans())
 def test_any_values_stay_inside_the_drawing(values: list[float], log_scale: bool) -> None:
     chart = line_chart("a", [series([{"step": i, "v": v} for i, v in enumerate(values)], "v", "")], log_scale=log_scale)

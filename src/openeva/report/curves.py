@@ -110,7 +110,7 @@ class _Axis:
     log_scale: bool = False
 
     def at(self, value: float) -> float:
-        value = math.log10(value) if self.log_scale else value
+        value = _exponent(value) if self.log_scale else value
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, number: int) -> list[float]:
@@ -126,8 +126,13 @@ class _Axis:
         return [v for v in candidates if self.low - slack <= v <= self.high + slack]
 
 
+def _exponent(value: float) -> float:
+    """Exponent of ten, within what an axis with margins can still show as numbers."""
+    return min(max(math.log10(value), -250.0), 250.0)
+
+
 def _vertical_axis(values: list[float], log_scale: bool) -> _Axis:
-    scaled = [math.log10(v) for v in values] if log_scale else values
+    scaled = [_exponent(v) for v in values] if log_scale else values
     low, high = min(scaled), max(scaled)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low = 0.0 if not log_scale and 0 <= low < 0.5 * high else low - margin
