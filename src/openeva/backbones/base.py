@@ -18,12 +18,14 @@ class Features:
         patches: One vector per patch, raster order, `[B, N, D]` with `N = y * x`.
         grid: `(y, x)`, rows and columns of the patch grid.
         pyramid: Requested intermediate layers, `layer index -> [B, D', y', x']`.
+        cls: The cls token after the final norm, `[B, D]`; None where there is none.
     """
 
     pooled: Float[Tensor, "B D"]
     patches: Float[Tensor, "B N D"]
     grid: tuple[int, int]
     pyramid: dict[int, Float[Tensor, "B _ _ _"]] = field(default_factory=dict)
+    cls: Float[Tensor, "B D"] | None = None
 
 
 @dataclass(frozen=True)

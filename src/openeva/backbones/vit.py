@@ -250,8 +250,9 @@ class VisionTransformer(Backbone):
                 x_BSD = block(x_BSD, bias_HSS)
             if number in wanted:
                 pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid)
-        patches_BND = self.norm(x_BSD)[:, 1:]
-        return Features(patches_BND.mean(dim=1), patches_BND, self.grid, pyramid)
+        x_BSD = self.norm(x_BSD)
+        patches_BND = x_BSD[:, 1:]
+        return Features(patches_BND.mean(dim=1), patches_BND, self.grid, pyramid, cls=x_BSD[:, 0])
 
     def embed(
         self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None
