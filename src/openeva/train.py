@@ -5,7 +5,6 @@ tasks/pretrain.py -> backbones/vit.py -> targets/features.py -> loss.
 """
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -410,14 +409,5 @@ def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: W
 def _write_run_files(recipe: Recipe, world: World) -> None:
     recipe.run.out.mkdir(parents=True, exist_ok=True)
     (recipe.run.out / "config.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
-    facts = {**environment(world.device), "git": _git_revision(), "processes": world.size}
+    facts = {**environment(world.device), "processes": world.size}
     (recipe.run.out / "environment.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def _git_revision() -> str | None:
-    """Revision of the checkout that this package runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
