@@ -1,6 +1,6 @@
 # Everything starts here: `make demo` and `make test` need only Python >= 3.11, make and a package registry.
 #
-#   make demo      install, then pre-train and evaluate a small EVA on real photographs (about 12 minutes on 2 cores)
+#   make demo      install, then pre-train and evaluate a small EVA on real photographs (about 9 minutes on 2 cores)
 #   make test      install, then run all tests            (make test PYTEST_ARGS="-k masking")
 #   make lint      ruff, mypy, import-linter              make format   apply ruff's formatting and fixes
 #   make install   only install, with all developer tools
