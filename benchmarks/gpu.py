@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alternate import synchronise
 from openeva.config import validate
 from openeva.data.sources.scenes import Config as ScenesConfig
 from openeva.engine.hardware import environment, measured_matmul_flops, peak_flops
@@ -250,11 +251,6 @@ def free(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

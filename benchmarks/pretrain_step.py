@@ -11,8 +11,6 @@ the machine's name.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from alternate import alternate, summary
 from openeva.backbones.vit import Config
 from openeva.data.masking import BlockMasking
 from openeva.engine.hardware import environment, measured_matmul_flops
@@ -147,41 +146,20 @@ def main() -> None:
         },
         **{f"openeva fp32, compile {c}": our_step(args.variant, batch, device, "fp32", c) for c in args.compile},
     }
-    seconds: dict[str, list[float]] = {label: [] for label in steps}
-    for step in steps.values():  # warm up, compile
-        step(), step()
-    for _ in range(args.rounds):
-        for label, step in steps.items():
-            synchronise(device)
-            begun = time.perf_counter()
-            step()
-            synchronise(device)
-            seconds[label].append(time.perf_counter() - begun)
+    seconds = alternate(steps, device, rounds=args.rounds)
     student = MimStudent(Config(variant=args.variant).build(), TARGET_WIDTH)
     flops = args.batch * 3 * (student.backbone.flops() + 2.0 * 75 * student.backbone.width * TARGET_WIDTH)
     peaks = {n: measured_matmul_flops(device, Precision(n, device).dtype) for n in {"fp32", precision.name}}
-    results = []
-    for label, times in seconds.items():
-        median = statistics.median(times)
-        kind = "fp32" if "fp32" in label else precision.name
-        ratio = statistics.median(peer / own for peer, own in zip(seconds["timm fp32"], times, strict=True))
-        results.append({
-            "step": label, "median_s": median, "min_s": min(times), "max_s": max(times),
-            "images_per_s": args.batch / median,
-            "gflops_per_s": flops / median / 1e9, "share_of_square_matmul": flops / median / peaks[kind],
-            "speedup_over_timm_fp32": ratio,
-        })  # fmt: skip
-        print(f"{label:34s} {median:7.3f} s  {flops / median / 1e9:7.1f} GFLOP/s  {ratio:.2f}x")
+    results = summary(seconds, {"timm fp32": "speedup_over_timm_fp32"}, args.batch)
+    for row in results:
+        kind = "fp32" if "fp32" in row["step"] else precision.name
+        rate = flops / row["median_s"]
+        row |= {"gflops_per_s": rate / 1e9, "share_of_square_matmul": rate / peaks[kind]}
     record = {"what": "pretrain_step", "variant": args.variant, "batch": args.batch, "rounds": args.rounds,
               "environment": environment(device), "square_matmul_gflops": {k: v / 1e9 for k, v in peaks.items()},
               "results": results}  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(record, indent=1))
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

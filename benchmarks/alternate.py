@@ -1,0 +1,58 @@
+"""Timing that a noisy machine does not spoil: the contenders take turns, and what counts is the ratio within a turn."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], Any]], device: torch.device, *, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; warm-up (and compilation) before the first one does not count."""
+    seconds: dict[str, list[float]] = {label: [] for label in steps}
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    for _ in range(rounds):
+        for label, step in steps.items():
+            synchronise(device)
+            begun = time.perf_counter()
+            step()
+            synchronise(device)
+            seconds[label].append(time.perf_counter() - begun)
+    return seconds
+
+
+def speedup(seconds: Mapping[str, list[float]], label: str, peer: str) -> float:
+    """Median over the rounds of how many times as fast a contender is as its peer."""
+    return statistics.median(slow / fast for slow, fast in zip(seconds[peer], seconds[label], strict=True))
+
+
+def summary(seconds: Mapping[str, list[float]], peers: Mapping[str, str], images: int) -> list[dict[str, Any]]:
+    """One row per contender, printed as well: median, extremes, images/s and the speed-up over its peers.
+
+    Args:
+        seconds: From `alternate`.
+        peers: Contender that others are compared with -> name of the ratio, as in `{"timm fp32": "over_timm_fp32"}`.
+        images: Images of one step.
+    """
+    rows = []
+    for label, times in seconds.items():
+        median = statistics.median(times)
+        ratios = {name: speedup(seconds, label, peer) for peer, name in peers.items()}
+        rows.append(
+            {"step": label, "median_s": median, "min_s": min(times), "max_s": max(times),
+             "images_per_s": images / median, **ratios}
+        )  # fmt: skip
+        shown = "  ".join(f"{name} {value:.2f}x" for name, value in ratios.items())
+        print(f"{label:34s} {median:8.4f} s  {images / median:8.1f} images/s  {shown}")
+    return rows
