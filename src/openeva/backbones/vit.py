@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -156,11 +156,18 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
-        """Embed. The convolution is written as one matrix product: faster on every device, and easy for compilers."""
+    def forward(
+        self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Embed all patches, or those of the index `visible_BM` in its order.
+
+        The convolution is written as one matrix product: faster on every device, and easy for compilers.
+        """
         patch = self.proj.kernel_size[0]
         rows = image_BCYX.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C y p x q
         flat_BNF = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        if visible_BM is not None:
+            flat_BNF = flat_BNF.take_along_dim(visible_BM[:, :, None], dim=1)
         return nn.functional.linear(flat_BNF, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -168,6 +175,7 @@ class VisionTransformer(Backbone):
     """The transformer. `mask_token` and all options of spec section 1 are switches of `Config`."""
 
     pos_embed: Tensor | None
+    mask_token: nn.Parameter | None
     load_report: LoadReport | None = None
 
     def __init__(self, config: Config) -> None:
@@ -240,6 +248,27 @@ class VisionTransformer(Backbone):
             ValueError: The image has another size.
         """
         x_BSD = self.embed(image_BCYX, mask_BN)
+        return self._encode(x_BSD, layers)
+
+    def forward_visible(self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"]) -> Features:
+        """Encode some patches of each image as if there were no others (MAE-style encoders, patch dropout).
+
+        Args:
+            image_BCYX: Normalised images of `image_size`.
+            visible_BM: Index of each patch that enters the blocks, in raster order of the whole grid, in any order.
+
+        Returns:
+            Features whose `patches` are in the order of `visible_BM`; positions follow the index.
+
+        Raises:
+            ValueError: The image has another size, or the model has relative positions.
+        """
+        if self.config.relative_position != "none":
+            raise ValueError("forward_visible: relative positions of some patches are not supported")
+        return self._encode(self.embed(image_BCYX, visible_BM=visible_BM), ())
+
+    def _encode(self, x_BSD: Tensor, layers: tuple[int, ...]) -> Features:
+        """Blocks and final norm."""
         bias_HSS = None if self.relative_position is None else self.relative_position()
         wanted = {layer % self.num_layers: layer for layer in layers}
         pyramid: dict[int, Tensor] = {}
@@ -255,27 +284,40 @@ class VisionTransformer(Backbone):
         return Features(patches_BND.mean(dim=1), patches_BND, self.grid, pyramid, cls=x_BSD[:, 0])
 
     def embed(
-        self, image_BCYX: Float[Tensor, "B C Y X"], mask_BN: Bool[Tensor, "B N"] | None = None
+        self,
+        image_BCYX: Float[Tensor, "B C Y X"],
+        mask_BN: Bool[Tensor, "B N"] | None = None,
+        visible_BM: Int[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Tokens that enter the first block: cls and patches, masked ones replaced, with positions."""
+        """Tokens that enter the first block: cls and patches (all or some), masked ones replaced, with positions."""
         if tuple(image_BCYX.shape[-2:]) != self.image_size:
             got = tuple(image_BCYX.shape[-2:])
             raise ValueError(f"this model takes {self.image_size} pixels, got {got}; build it with image_size={got}")
-        x_BND = self.patch_embed(image_BCYX)
+        x_BND = self.patch_embed(image_BCYX, visible_BM)
         scale = self.config.patch_grad_scale
         if scale != 1.0:  # the value stays, the gradient is scaled
             x_BND = x_BND.detach() if scale == 0.0 else scale * x_BND + (1 - scale) * x_BND.detach()
         if mask_BN is not None:
+            if self.mask_token is None:
+                raise ValueError("a mask was given, but this model's mask token was taken off; build another one")
             x_BND = torch.where(mask_BN[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
         x_BSD = torch.cat([self.cls_token.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if self.pos_embed is not None:
-            x_BSD = x_BSD + self.pos_embed
+            pos_1SD = self.pos_embed
+            if visible_BM is not None:
+                patches_BMD = pos_1SD[:, 1:].take_along_dim(visible_BM[:, :, None], dim=1)
+                pos_1SD = torch.cat([pos_1SD[:, :1].expand(len(patches_BMD), -1, -1), patches_BMD], dim=1)
+            x_BSD = x_BSD + pos_1SD
         return self.dropout(x_BSD)
 
-    def flops(self) -> float:
-        """FLOPs (2 per multiply-add) of one forward pass of one image: matrix products and attention."""
+    def flops(self, num_visible: int | None = None) -> float:
+        """FLOPs (2 per multiply-add) of one forward pass of one image: matrix products and attention.
+
+        Args:
+            num_visible: Patches that enter the blocks; all when None.
+        """
         config = self.config
-        num_patches = self.grid[0] * self.grid[1]
+        num_patches = self.grid[0] * self.grid[1] if num_visible is None else num_visible
         num_tokens = 1 + num_patches
         inner = config.num_heads * (config.head_width or config.width // config.num_heads)
         per_token = 4 * config.width * inner + 2 * config.width * config.mlp_hidden
