@@ -1,0 +1,118 @@
+"""Mixup and CutMix: every image of a batch is mixed with another, and its label with that one's.
+
+normalised images[B,C,Y,X], labels[B] -> lambda ~ Beta(alpha, alpha) -> mixed images, soft targets[B,V], on the device
+
+One lambda and one box hold for the whole batch and the partner of image i is image B-1-i, so that no index travels to
+the device. Chance comes from torch's global CPU generator, which checkpoints hold.
+
+Paper: Zhang et al. (arXiv 1710.09412); Yun et al., CutMix (arXiv 1905.04899).
+Source: spec section 4 (timm 0.5.4, batch mode): the half-extent of a box is `side // 2` in both directions, where the
+installed timm takes `(side + 1) // 2` in one of them; lambda is the share of the area that really stays.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.distributions import Beta
+
+from openeva.config import Config
+
+
+class MixupConfig(Config):
+    """How images of a batch are mixed; nothing is, where both alphas are 0.
+
+    Attributes:
+        mixup: Alpha of mixup (weighted mean of two images); 0 = off.
+        cutmix: Alpha of CutMix (a box of the other image); 0 = off.
+        prob: Probability that a batch is mixed at all.
+        switch_prob: Where both are on, the probability of CutMix.
+    """
+
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    prob: float = Field(1.0, ge=0, le=1)
+    switch_prob: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def active(self) -> bool:
+        """Whether any batch can be mixed."""
+        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def build(self) -> "Mixup":
+        """Make the callable."""
+        return Mixup(self)
+
+
+class Mixup:
+    """Mixes batches; see the module's text."""
+
+    def __init__(self, config: MixupConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self, image_BCYX: Float[Tensor, "B C Y X"], label_B: Int[Tensor, "B"], num_classes: int, smoothing: float = 0.0
+    ) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "B V"]]:
+        """Mixed images and their targets (float32, rows sum to 1).
+
+        Args:
+            image_BCYX: Normalised images; left as they are.
+            label_B: Class of each image, all in `[0, num_classes)`.
+            num_classes: V.
+            smoothing: Share of a target that is spread evenly over all classes.
+
+        Raises:
+            ValueError: An odd number of images is to be mixed.
+        """
+        share = 1.0  # of an image itself
+        if self.config.active:
+            if len(image_BCYX) % 2:
+                raise ValueError(
+                    f"mixup and cutmix pair the images of a batch, and {len(image_BCYX)} is odd: choose an even"
+                    " micro-batch (run.batch_size over processes, or run.micro_batch), or set both to 0"
+                )
+            image_BCYX, share = self._mix(image_BCYX)
+        return image_BCYX, mixed_target(label_B, num_classes, share=share, smoothing=smoothing)
+
+    def _mix(self, image_BCYX: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "B C Y X"], float]:
+        config = self.config
+        if _chance() >= config.prob:
+            return image_BCYX, 1.0
+        cut = config.cutmix > 0 and (config.mixup == 0 or _chance() < config.switch_prob)
+        alpha = config.cutmix if cut else config.mixup
+        share = float(Beta(alpha, alpha).sample())
+        if not cut:
+            return torch.lerp(image_BCYX.flip(0), image_BCYX, share), share
+        height, width = image_BCYX.shape[2:]
+        top, bottom, left, right = cutmix_box(height, width, share)
+        mixed_BCYX = image_BCYX.clone()
+        mixed_BCYX[:, :, top:bottom, left:right] = image_BCYX.flip(0)[:, :, top:bottom, left:right]
+        return mixed_BCYX, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def cutmix_box(height: int, width: int, share: float) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of a box with a uniform centre whose sides are `sqrt(1 - share)` of the image's.
+
+    What lies outside of the image is cut off.
+    """
+    ratio = math.sqrt(1 - share)
+    half_y, half_x = int(height * ratio) // 2, int(width * ratio) // 2
+    y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
+    return max(y - half_y, 0), min(y + half_y, height), max(x - half_x, 0), min(x + half_x, width)
+
+
+def mixed_target(
+    label_B: Int[Tensor, "B"], num_classes: int, *, share: float = 1.0, smoothing: float = 0.0
+) -> Float[Tensor, "B V"]:
+    """Smoothed one-hot rows, mixed with those of the reversed batch."""
+    off = smoothing / num_classes
+    target_BV = torch.full((len(label_B), num_classes), off, device=label_B.device)
+    target_BV.scatter_(1, label_B[:, None].long(), 1 - smoothing + off)
+    return target_BV if share == 1 else share * target_BV + (1 - share) * target_BV.flip(0)
+
+
+def _chance() -> float:
+    """Uniform in [0, 1), from the generator that checkpoints hold."""
+    return float(torch.rand(()))
