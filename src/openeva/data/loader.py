@@ -39,6 +39,7 @@ from openeva.data.mixture import Mixture, Streams, hold_out, open_sources
 from openeva.data.sampler import Order, permute, seed_of, seeds_of
 from openeva.data.sources.base import Sample
 from openeva.data.views import CropConfig, ViewSpec
+from openeva.data.workers import resolve_workers
 
 Batch = dict[str, Any]
 
@@ -112,13 +113,7 @@ class DataConfig(Config):
     @property
     def workers(self) -> int:
         """Number of worker processes of this rank."""
-        if self.num_workers != "auto":
-            return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if torch.cuda.is_available():
-            return min(max(1, share - 1), 24)
-        return min(max(1, share // 4), 4)  # the cores that remain do the arithmetic
+        return resolve_workers(self.num_workers)
 
 
 # ------------------------------------------------------------------------------------------- samples to batches
