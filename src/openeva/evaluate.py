@@ -19,7 +19,7 @@ from openeva.engine.distributed import World
 from openeva.engine.log import Record, scanning
 from openeva.engine.precision import Precision
 from openeva.tasks.base import Task
-from openeva.train import Recipe, evaluate_all, held_out_loaders, prepare, train_loader
+from openeva.train import Recipe, build_task, evaluate_all, held_out_loaders, prepare, train_loader
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
     torch.manual_seed(recipe.run.seed)
     with scanning(console) as progress:
         train_data, val_data = recipe.data.open(progress)
-    task: Task = recipe.task.build().to(world.device)
+    task = build_task(recipe, train_data, val_data).to(world.device)
     prepare(recipe, task, train_data, world, console)
     if trained:
         state_dict, _ = read_native(run / "model")

@@ -28,7 +28,7 @@ from openeva.engine.optim import OptimConfig, adamw
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 from openeva.evals.base import Evaluation, needs_of, shared_features
-from openeva.tasks.base import Task
+from openeva.tasks.base import Task, TaskConfig
 
 
 class RunConfig(Config):
@@ -131,7 +131,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         with scanning(console if world.is_main else None) as progress:
             train_data, val_data = recipe.data.open(progress)
         evals = build_evals(recipe, train_data, val_data)
-        task: Task = recipe.task.build().to(world.device)
+        task = build_task(recipe, train_data, val_data).to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
         held_out = held_out_loaders(recipe, task, train_data, val_data, world)
@@ -209,6 +209,18 @@ def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
             ]
         )
     return per_process // micro_batch, micro_batch
+
+
+def build_task(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -> Task:
+    """The recipe's task, with what only the data says (such as the number of classes).
+
+    Raises:
+        ConfigError: The data does not suit it.
+        ValueError: Its parts do not fit together.
+    """
+    config = recipe.task
+    task: Task = (config.fit_to(train, val) if isinstance(config, TaskConfig) else config).build()
+    return task
 
 
 def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -> list[Evaluation]:
@@ -379,7 +391,7 @@ def dry_run(recipe: Recipe) -> list[str]:
         split_batch(recipe.run, world)
         train_data, val_data = recipe.data.open()
         build_evals(recipe, train_data, val_data)
-        task: Task = recipe.task.build()
+        task = build_task(recipe, train_data, val_data)
         loader = train_loader(recipe, task, train_data, world)
         return describe(recipe, task, loader, _Lengths(recipe, loader.steps_per_epoch), world)
     finally:
@@ -390,7 +402,7 @@ def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: W
     """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
     config = {
         "format": "openeva/1",
-        "task": recipe.task.model_dump(mode="json"),
+        "task": task.config.model_dump(mode="json"),
         "identity": task.identity(),
         "step": state.progress.step,
         "environment": environment(world.device),

@@ -69,6 +69,7 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
         "target": {"name": "features", "teacher": CONVNET},
         "masking": {"name": "random", "ratio": 0.4},
     },
+    ("task", "classify"): {"backbone": VIT, "num_classes": 8},
     ("eval", "linear_probe"): {"folds": 2, "max_iterations": 20},
     ("source", "image_folder"): _folder_of_images,
     ("source", "scenes"): {"num_images": 8},

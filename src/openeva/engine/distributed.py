@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -149,6 +149,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
 def mean_over_processes(value: Tensor) -> Tensor:
     """Mean of a tensor over all processes (in place)."""
     return sum_over_processes(value) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def gather_over_processes(value: Tensor) -> list[Tensor]:
+    """The tensors of all processes, of any shapes; give ones on the CPU."""
+    if not dist.is_initialized():
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def any_process(flag: bool) -> bool:

@@ -3,10 +3,11 @@
 image[B,3,Y,X] -> backbone -> pooled[B,D] -> norm -> linear -> logits[B,V]
 
 Paper: EVA section 3.1. Source: spec section 1.4: "mean" pools the patch tokens, cls excluded, in front of the norm (the
-backbone then has no final norm of its own); "cls" takes the cls token after the backbone's final norm.
+backbone then has no final norm of its own); "cls" takes the cls token after the backbone's final norm. "attention" is
+ours: a learned query looks at the patch tokens, the usual attentive probe of masked pre-training.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -15,22 +16,47 @@ from torch import Tensor, nn
 from openeva.backbones.base import Backbone
 from openeva.layers.norm import LayerNorm
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "attention"]
 
 HEAD_STD = 0.02
 HEAD_SCALE = 0.001
 """Fresh classifiers start close to zero: normal with `HEAD_STD`, times `HEAD_SCALE`."""
 PROBE_STD = 0.01
 """Of the weights of a linear probe, which stand behind a batch norm and are not scaled."""
+QUERY_HEAD_WIDTH = 64
+"""Channels per head of the attention pooling."""
+
+
+class AttentionPooling(nn.Module):
+    """One learned query that attends to the patch tokens; what it gathers stands for the image."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        num_heads = max(1, width // QUERY_HEAD_WIDTH)
+        while width % num_heads:
+            num_heads -= 1
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        nn.init.trunc_normal_(self.query, std=HEAD_STD)
+
+    def forward(self, patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """Pool."""
+        query_B1D = self.query.to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
+        pooled_B1D, _ = self.attn(query_B1D, patches_BND, patches_BND, need_weights=False)
+        return pooled_B1D[:, 0]
 
 
 class ImageClassifier(nn.Module):
     """Backbone, pooling and classifier; what a classification run trains.
 
+    A mask token of the backbone is taken off: nothing here is ever hidden, and data-parallel training waits for the
+    gradient of every parameter.
+
     Args:
         backbone: Any backbone. For mean pooling as the official models do it, one without a final norm.
         num_classes: V.
-        pooling: "mean" of the patch tokens, then `fc_norm`; or the "cls" token.
+        pooling: "mean" of the patch tokens, then `fc_norm`; the "cls" token; or "attention" of a learned query over the
+            patch tokens, then `fc_norm`.
         batch_norm: Put a batch norm without affine parameters in front of the linear layer (the linear probe's head).
     """
 
@@ -38,9 +64,13 @@ class ImageClassifier(nn.Module):
         self, backbone: Backbone, num_classes: int, *, pooling: Pooling = "mean", batch_norm: bool = False
     ) -> None:
         super().__init__()
+        if isinstance(getattr(backbone, "mask_token", None), nn.Parameter):
+            backbone.register_parameter("mask_token", None)
         self.backbone = backbone
         self.num_classes, self.pooling = num_classes, pooling
-        self.fc_norm = LayerNorm(backbone.width, eps=1e-6) if pooling == "mean" else nn.Identity()
+        if pooling == "attention":
+            self.attention_pool = AttentionPooling(backbone.width)
+        self.fc_norm = nn.Identity() if pooling == "cls" else LayerNorm(backbone.width, eps=1e-6)
         linear = nn.Linear(backbone.width, num_classes)
         self.classifier: nn.Module = linear
         if batch_norm:
@@ -51,7 +81,9 @@ class ImageClassifier(nn.Module):
     def init_head(self) -> None:
         """Draw the classifier's weights anew (spec section 1.6)."""
         probe = isinstance(self.classifier, nn.Sequential)
-        linear = self.classifier[1] if isinstance(self.classifier, nn.Sequential) else self.classifier
+        linear = cast(
+            "nn.Linear", self.classifier[1] if isinstance(self.classifier, nn.Sequential) else self.classifier
+        )
         nn.init.trunc_normal_(linear.weight, std=PROBE_STD if probe else HEAD_STD)
         linear.weight.mul_(1.0 if probe else HEAD_SCALE)
         nn.init.zeros_(linear.bias)
@@ -65,6 +97,8 @@ class ImageClassifier(nn.Module):
         features = self.backbone(image_BCYX)
         if self.pooling == "mean":
             return self.fc_norm(features.patches.mean(dim=1))
+        if self.pooling == "attention":
+            return self.fc_norm(self.attention_pool(features.patches))
         if features.cls is None:
             raise ValueError(f"{type(self.backbone).__name__} has no cls token; pool by mean")
         return features.cls

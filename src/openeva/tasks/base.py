@@ -1,6 +1,7 @@
 """The task contract: which model, which loss, which metrics. One thin file per task.
 
-A file in this folder holds one task: `class Config(ComponentConfig)` whose `build()` returns a `Task`.
+A file in this folder holds one task: `class Config(ComponentConfig)` whose `build()` returns a `Task`. A task that must
+know the data first (how many classes there are) derives it from `TaskConfig` instead.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,20 +14,36 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from openeva.backbones.base import Backbone
+from openeva.config import ComponentConfig
+from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import ViewSpec
 
 Batch = dict[str, Any]
 """What the loader yields; see `data/loader.py` for the keys."""
 
 
+class TaskConfig(ComponentConfig):
+    """Base of the `Config` of a task that takes something from the data before it is built."""
+
+    def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "TaskConfig":
+        """The config with what the data decides filled in.
+
+        Raises:
+            ConfigError: The data does not suit the task.
+        """
+        return self
+
+
 class Task(nn.Module):
     """A model with its loss.
 
     Attributes:
+        config: What it was built from, nothing left open; stored beside the weights.
         trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP.
             Frozen teachers and tokenizers sit beside it as other children.
     """
 
+    config: Any
     trainable: nn.Module
 
     @property

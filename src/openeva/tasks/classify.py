@@ -1,0 +1,311 @@
+"""Image classification: fine-tuning, intermediate fine-tuning, linear and attentive probes.
+
+batch -> normalise -> backbone -> pooling -> classifier -> cross-entropy; held out: top-1, top-5, per class, AUC
+
+Paper: EVA section 3.1. Source: spec sections 1.4, 1.9, 4 and 7. Deliberate differences: held-out images are counted
+once each, on however many processes; the held-out loss is a mean over images, not over batches; accuracies are shares.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field, model_validator
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from openeva.backbones.base import Backbone
+from openeva.backbones.vit import architecture_of, model_path
+from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.config import Backbone as BackboneField
+from openeva.config import ConfigError
+from openeva.data.mixture import Mixture, Streams
+from openeva.data.views import ViewSpec, normalise
+from openeva.engine.distributed import gather_over_processes, mean_over_processes, sum_over_processes, unwrap
+from openeva.heads.classifier import ImageClassifier, Pooling
+from openeva.tasks.base import Batch, Task, TaskConfig
+
+HEAD = ("backbone.norm", "fc_norm", "attention_pool", "classifier")
+"""Parts that start anew where the weights to start from lack them, or have them for other classes."""
+TRAINING_ONLY = frozenset(
+    {
+        "weights",
+        "final_norm",
+        "drop_path",
+        "dropout",
+        "attention_dropout",
+        "patch_grad_scale",
+        "activation_checkpointing",
+    }
+)
+"""Keys of a transformer that are not part of its architecture, and so are not taken from a file."""
+
+
+class Config(TaskConfig):
+    """Classification with any backbone; the classes are those of the data."""
+
+    name: str = "classify"
+    backbone: BackboneField = Field(
+        description="the image encoder; with init_from, keys that are left out are those of the weights"
+    )
+    num_classes: int | Literal["auto"] = Field("auto", description="auto = as many as the data has")
+    class_names: list[str] | None = Field(None, description="by label; those of the data when left out")
+    pooling: Pooling = Field("mean", description="what is classified: mean of the patches, cls, or attentive pooling")
+    batch_norm: bool = Field(False, description="non-affine batch norm before the linear layer, as in linear probing")
+    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    class_weights: Literal["none", "balanced"] | list[float] = Field(
+        "none", description="weight of a sample by its class: balanced = inversely to how many training samples it has"
+    )
+    init_from: str | None = Field(
+        None, description="run, model folder, official name or file whose weights to start from"
+    )
+    init_head: bool = Field(True, description="take over its classifier too, where it is for the same classes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_backbone(cls, values: Any) -> Any:
+        """Fill in the architecture from the weights, and leave the final norm to the pooling (spec section 1.4)."""
+        if not isinstance(values, dict):
+            return values
+        backbone = values.get("backbone", {"name": "vit"} if values.get("init_from") else None)
+        backbone = {"name": backbone} if isinstance(backbone, str) else backbone
+        if not isinstance(backbone, dict) or backbone.get("name") != "vit":
+            return values
+        if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
+            found = architecture_of(values["init_from"])
+            backbone = {**{key: value for key, value in found.items() if key not in TRAINING_ONLY}, **backbone}
+        return {**values, "backbone": {"final_norm": values.get("pooling", "mean") != "mean", **backbone}}
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> "Config":
+        if isinstance(self.num_classes, int):
+            if self.num_classes < 2:
+                raise ValueError(f"num_classes {self.num_classes}: a classifier needs two classes or more")
+            for key, values in (("class_names", self.class_names), ("class_weights", self.class_weights)):
+                if isinstance(values, list) and len(values) != self.num_classes:
+                    raise ValueError(f"{key} has {len(values)} entries for {self.num_classes} classes")
+        return self
+
+    def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "Config":
+        """With the classes of the data and, where they should be balanced, the weights of the classes.
+
+        Raises:
+            ConfigError: The data has no labels, fewer than two classes or more than `num_classes`, or its parts do not
+                agree on them.
+        """
+        problems = [*_label_problems("data.train", train), *(_label_problems("data.val", val) if val else [])]
+        if problems:
+            raise ConfigError(problems)
+        found = train.num_classes
+        num_classes = found if self.num_classes == "auto" else self.num_classes
+        if found < 2:
+            problems.append(f"data.train has one class only{_named(class_names_of(train))}; a classifier needs two")
+        for part, data in (("train", train), ("val", val)):
+            if data is not None and data.num_classes > num_classes:
+                problems.append(f"data.{part} has {data.num_classes} classes, but task.num_classes is {num_classes}")
+        names, others = class_names_of(train), class_names_of(val) if val else []
+        if names and others and names != others:
+            problems.append(
+                f"data.val has other classes than data.train, or another order ({_difference(names, others)}); a label"
+                " must mean the same in both: list all of them as `classes` of both sources"
+            )
+        if isinstance(self.class_weights, list) and len(self.class_weights) != num_classes:
+            problems.append(f"task.class_weights has {len(self.class_weights)} entries for {num_classes} classes")
+        if problems:
+            raise ConfigError(problems)
+        names = self.class_names or [*names, *(str(number) for number in range(len(names), num_classes))]
+        weights = balanced_weights(train, num_classes) if self.class_weights == "balanced" else self.class_weights
+        return self.model_copy(update={"num_classes": num_classes, "class_names": names, "class_weights": weights})
+
+    def build(self) -> "ClassifyTask":
+        """Make the model.
+
+        Raises:
+            ValueError: The number of classes is not known, or the weights do not fit.
+        """
+        return ClassifyTask(self)
+
+
+def class_names_of(data: Mixture | Streams) -> list[str]:
+    """Names by label, as far as the data has them."""
+    return list(getattr(data, "class_names", []))
+
+
+def balanced_weights(data: Mixture | Streams, num_classes: int) -> list[float]:
+    """Weight per class: 1 on average over the samples, the same sum for every class that has any.
+
+    Raises:
+        ConfigError: Streams cannot be counted beforehand.
+    """
+    if isinstance(data, Streams):
+        raise ConfigError(["task.class_weights: streams cannot be counted; give the weights as a list, or none"])
+    count_V = torch.zeros(num_classes, dtype=torch.float64)
+    for source, weight in zip(data.sources, data.weights, strict=True):
+        for index in range(len(source)):
+            count_V[source.read(index).label] += weight
+    present = count_V > 0
+    weight_V = torch.where(present, count_V.sum() / (present.sum() * count_V.clamp(min=1e-9)), 1.0)
+    return [round(value, 6) for value in weight_V.tolist()]
+
+
+def _label_problems(where: str, data: Mixture | Streams) -> list[str]:
+    if all(source.num_classes for source in data.sources):
+        return []
+    return [f"{where} has images without labels, which a classifier needs (image_folder: labels=true)"]
+
+
+def _named(names: list[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _difference(names: list[str], others: list[str]) -> str:
+    only = [f"only data.train: {name}" for name in names if name not in others]
+    only += [f"only data.val: {name}" for name in others if name not in names]
+    return ", ".join(only[:4]) + (", ..." if len(only) > 4 else "") if only else "the same names in another order"
+
+
+class ClassifyTask(Task):
+    """Classifier, augmentation on the device, and loss.
+
+    Attributes:
+        class_names: By label.
+        load_report: What became of the weights it starts from.
+    """
+
+    config: Config
+    class_weight_V: Tensor | None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if config.num_classes == "auto":
+            raise ValueError("task.num_classes is auto, which only a run with its data can tell; give the number")
+        self.config, self.num_classes = config, config.num_classes
+        self.class_names = config.class_names or [str(number) for number in range(config.num_classes)]
+        backbone: Backbone = config.backbone.build()
+        self.trainable = ImageClassifier(
+            backbone, config.num_classes, pooling=config.pooling, batch_norm=config.batch_norm
+        )
+        weights = config.class_weights if isinstance(config.class_weights, list) else None
+        self.register_buffer("class_weight_V", None if weights is None else torch.tensor(weights), persistent=False)
+        self.load_report: LoadReport | None = None
+        if config.init_from is not None:
+            self.load_report = self._start_from(config.init_from)
+
+    def _start_from(self, address: str) -> LoadReport:
+        weights = read_weights(model_path(address))
+        task: Any = weights.config.get("task") or {}
+        names, why = task.get("class_names"), ""
+        if not self.config.init_head:
+            why = "left fresh as asked (task.init_head=false)"
+        elif names is not None and names != self.class_names:
+            why = "it is for other classes"
+        dropped = [key for key in weights.state_dict if why and key.startswith("classifier.")]
+        for key in dropped:
+            del weights.state_dict[key]
+        report = load_into(self.classifier, weights, fresh=HEAD, grid=getattr(self.backbone, "grid", None))
+        report.dropped |= dict.fromkeys(dropped, why)
+        return report
+
+    @property
+    def classifier(self) -> ImageClassifier:
+        """What learns, without the wrapper of data-parallel training."""
+        return cast("ImageClassifier", unwrap(self.trainable))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The image encoder."""
+        return self.classifier.backbone
+
+    def view_spec(self, *, train: bool) -> ViewSpec:
+        """Images of the backbone's size."""
+        return ViewSpec(self.backbone.image_size)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of a batch, and the share of right answers where every image has one label."""
+        statistics, label_B = self.backbone.normalisation, batch["label"]
+        image_BCYX = normalise(batch["image"], statistics.mean, statistics.std)
+        logits_BV = self.trainable(image_BCYX)
+        loss = self.loss(logits_BV, label_B)
+        return loss, {"accuracy": (logits_BV.detach().argmax(1) == label_B).float().mean()}
+
+    def loss(
+        self, logits_BV: Float[Tensor, "B V"], target: Int[Tensor, "B"] | Float[Tensor, "B V"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy by spec section 4: with soft targets as they are, with labels smoothed.
+
+        Class weights scale whole samples, so that smoothing and mixing keep their meaning, and the mean is over the
+        number of samples, so that micro-batches and processes count alike.
+        """
+        logits_BV = logits_BV.float()
+        smoothing = 0.0 if target.is_floating_point() else self.config.smoothing
+        loss_B = F.cross_entropy(logits_BV, target, label_smoothing=smoothing, reduction="none")
+        if self.class_weight_V is not None:
+            weighted = target @ self.class_weight_V if target.is_floating_point() else self.class_weight_V[target]
+            loss_B = loss_B * weighted
+        return loss_B.mean()
+
+    def logits(self, image_BCYX: UInt8[Tensor, "B C Y X"]) -> Float[Tensor, "B V"]:
+        """Logits of images as the loader gives them, not normalised."""
+        statistics = self.backbone.normalisation
+        return self.trainable(normalise(image_BCYX, statistics.mean, statistics.std)).float()
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
+        """Accuracies (shares) and loss on held-out images, each counted once (collective).
+
+        `top1`, `top5` (more than five classes), `mean_class_accuracy`, `held_out_loss`; with two classes, `auc`.
+        """
+        device = next(self.parameters()).device
+        self._share_batch_norm_statistics()
+        hits_2, loss = torch.zeros(2, device=device), torch.zeros((), device=device)
+        right_V, count_V = (torch.zeros(self.num_classes, device=device) for _ in range(2))
+        scores: list[Tensor] = []
+        for batch in loader:
+            label_B = batch["label"].to(device)
+            logits_BV = self.logits(batch["image"].to(device))
+            hit_B5 = logits_BV.topk(min(5, self.num_classes)).indices == label_B[:, None]
+            hits_2 += torch.stack([hit_B5[:, 0].sum(), hit_B5.any(1).sum()])
+            loss += F.cross_entropy(logits_BV, label_B, reduction="sum")
+            right_V.index_add_(0, label_B, hit_B5[:, 0].float())
+            count_V.index_add_(0, label_B, torch.ones_like(hit_B5[:, 0], dtype=torch.float32))
+            if self.num_classes == 2:
+                scores.append(torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1).cpu())
+        for total in (hits_2, loss, right_V, count_V):
+            sum_over_processes(total)
+        count, present = count_V.sum(), count_V > 0
+        metrics = {"top1": (hits_2[0] / count).item(), "held_out_loss": (loss / count).item()}
+        if self.num_classes > 5:
+            metrics["top5"] = (hits_2[1] / count).item()
+        metrics["mean_class_accuracy"] = (right_V[present] / count_V[present]).mean().item()
+        if self.num_classes == 2:
+            score_B2 = torch.cat(gather_over_processes(torch.cat([torch.empty(0, 2), *scores])))
+            if len(score_B2[:, 1].unique()) == 2:
+                metrics["auc"] = float(roc_auc_score(score_B2[:, 1].numpy(), score_B2[:, 0].numpy()))
+        return metrics
+
+    def _share_batch_norm_statistics(self) -> None:
+        """Each process trains with the statistics of its own images; what is measured and saved is their mean."""
+        for module in self.classifier.modules():
+            if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
+                for statistic in (module.running_mean, cast("Tensor", module.running_var)):
+                    statistic.copy_(mean_over_processes(statistic.clone()))
+
+    def flops_per_sample(self) -> float:
+        """Three forward passes of what learns; one of a frozen backbone."""
+        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        return (3 if learns else 1) * self.backbone.flops() + 6.0 * self.backbone.width * self.num_classes
+
+    def identity(self) -> dict[str, Any]:
+        """A checkpoint continues only with the same classes."""
+        return {"classes": _short(self.class_names)}
+
+
+def _short(names: list[str]) -> str:
+    """All names where they are few, else their number, the first and a digest of all."""
+    if len(names) <= 10:
+        return ", ".join(names)
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{len(names)}: {', '.join(names[:3])}, ... ({digest})"
