@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from openeva.backbones.base import STATISTICS, Backbone, Features
 from openeva.checkpoints.detect import infer_vit_config
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
-from openeva.checkpoints.native import WEIGHTS_FILE
-from openeva.checkpoints.weights import digest_of_file, find_weights
+from openeva.checkpoints.native import WEIGHTS_FILE, model_path
+from openeva.checkpoints.weights import digest_of_file
 from openeva.config import ComponentConfig
 from openeva.layers.attention import Attention, QkvBias
 from openeva.layers.block import Block, Mlp, NormOrder
@@ -122,23 +122,12 @@ class Config(ComponentConfig):
         model = VisionTransformer(self)
         if self.weights is not None:
             path = model_path(self.weights)
-            model.load_report = load_into(model, read_weights(path), part="backbone", grid=self.grid)
+            fresh = ("backbone.mask_token",)  # only encoders that were pre-trained with mask tokens have one
+            model.load_report = load_into(model, read_weights(path), fresh=fresh, part="backbone", grid=self.grid)
             model.identity = (
                 f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
             )
         return model
-
-
-def model_path(weights: str) -> Path:
-    """The file or model folder of an address: a run's folder stands for the model in it.
-
-    Raises:
-        WeightsError: Nothing there.
-    """
-    for folder in (Path(weights).expanduser(), Path(weights).expanduser() / "model"):
-        if (folder / WEIGHTS_FILE).is_file():
-            return folder
-    return find_weights(weights)
 
 
 def architecture_of(weights: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openeva.checkpoints.files import StateDict, read_state_dict, write_atomically
 from openeva.checkpoints.resize import Grid
+from openeva.checkpoints.weights import find_weights
 
 FORMAT = "openeva/1"
 WEIGHTS_FILE = "model.safetensors"
@@ -94,6 +95,18 @@ def is_complete(folder: Path) -> bool:
         return bool(saved == _metadata(folder / WEIGHTS_FILE).get(_SAVE_ID))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def model_path(weights: str) -> Path:
+    """The file or model folder of an address: a run's folder stands for the model in it.
+
+    Raises:
+        WeightsError: Nothing there.
+    """
+    for folder in (Path(weights).expanduser(), Path(weights).expanduser() / "model"):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    return find_weights(weights)
 
 
 def native_grid(config: Mapping[str, Any]) -> Grid | None:
