@@ -24,7 +24,7 @@ from openeva.engine.ema import Ema
 from openeva.engine.hardware import environment, peak_flops
 from openeva.engine.log import Record, RunLog, counting, scanning
 from openeva.engine.loop import LoopConfig, StopSignal, run_loop
-from openeva.engine.optim import OptimConfig, adamw
+from openeva.engine.optim import OptimConfig, build_optimizer
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 from openeva.evals.base import Evaluation, needs_of, shared_features
@@ -146,7 +146,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
             task.trainable, task.blocks(), world, run.strategy, run.compile, precision.dtype, run.shard
         )
         task.speed_up_frozen(compile_forward=run.compile != "off")
-        optimizer = adamw(
+        optimizer = build_optimizer(
             distributed.unwrap(task.trainable), recipe.optim, no_decay=task.backbone.no_weight_decay(),
             num_layers=task.backbone.num_layers,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import nn
 
 from openeva.checkpoints.official import from_official
 from openeva.engine.distributed import World
+from openeva.engine.lars import Lars
 from openeva.engine.log import RunLog, read_log
 from openeva.engine.loop import LoopConfig, run_loop
 from openeva.engine.optim import OptimConfig, adamw, param_groups
@@ -17,6 +18,7 @@ from openeva.engine.schedule import Schedule
 from openeva.engine.state import Checkpoints, Progress, TrainState
 from openeva.losses.cosine import negative_cosine
 from openeva.tasks.base import Task
+from openeva.tasks.classify import Config as Classify
 from parity.golden import Case, cases
 from parity.test_vit import student_of
 
@@ -60,6 +62,63 @@ def test_parameter_groups(case: Case) -> None:
             group = found[expected["name"]]
             assert group["lr_scale"] == pytest.approx(expected["lr_scale"], rel=1e-9), (name, expected["name"])
             assert group["weight_decay"] == pytest.approx(expected["weight_decay"], rel=1e-9), (name, expected["name"])
+
+
+@pytest.mark.parametrize("case", cases("eva02_param_groups"), ids=str)
+def test_parameter_groups_of_eva02(case: Case) -> None:
+    for stage in ("finetune", "pretrain"):
+        expected = case.json[stage]
+        names = [name for group in expected["groups"] for name in group["params"]]
+        # shapes are not given: officially only vectors, biases and the model's own list do not decay
+        vectors = {name for group in expected["groups"] if not group["weight_decay"] for name in group["params"]}
+        vectors -= {"pos_embed", "cls_token"}
+        groups = param_groups(
+            ((name, nn.Parameter(torch.empty(2) if name in vectors else torch.empty(2, 2))) for name in names),
+            weight_decay=expected["weight_decay"],
+            no_decay={"pos_embed", "cls_token"},
+            layer_decay=expected.get("layer_decay") or 1.0,
+            num_layers=expected.get("depth", case.json["finetune"]["depth"]),
+        )
+        found = [(g["weight_decay"], pytest.approx(g["lr_scale"], rel=1e-9), set(g["names"])) for g in groups]
+        wanted = [(g["weight_decay"], g["lr_scale"], set(g["params"])) for g in expected["groups"]]
+        assert sorted(found, key=lambda g: min(g[2])) == sorted(wanted, key=lambda g: min(g[2]))
+
+
+@pytest.mark.parametrize("case", cases("train_utils"), ids=str)
+def test_lars(case: Case) -> None:
+    config = case.config["lars"]
+    weight, bias = (nn.Parameter(case.tensors[f"in.lars_{name}0"].clone()) for name in "wb")
+    optimizer = Lars(
+        [weight, bias], lr=0.0, weight_decay=config["weight_decay"], momentum=config["momentum"],
+        trust_coefficient=config["trust_coefficient"],
+    )  # fmt: skip
+    for step, lr in enumerate(config["lr"]):
+        weight.grad, bias.grad = (case.tensors[f"in.lars_g{name}{step}"] for name in "wb")
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        case.close(weight, f"out.lars_w{step + 1}")
+        case.close(bias, f"out.lars_b{step + 1}")
+
+
+@pytest.mark.parametrize("case", cases("train_utils"), ids=str)
+def test_losses_of_classification(case: Case) -> None:
+    backbone = {
+        "name": "vit",
+        "image_size": 8,
+        "patch_size": 4,
+        "width": 8,
+        "depth": 1,
+        "num_heads": 1,
+        "mlp_hidden": 8,
+    }
+    logits, labels = case.tensors["in.logits"], case.tensors["in.labels"]
+    for name in (key for key in case.tensors if key.startswith("out.ce_smooth_")):
+        smoothing = float(name.removeprefix("out.ce_smooth_"))
+        config = Classify(backbone=backbone, num_classes=case.config["num_classes"], smoothing=smoothing)
+        case.close(config.build().loss(logits, labels), name)
+    (target,) = [value for key, value in case.tensors.items() if "mixup_target" in key]
+    task = Classify(backbone=backbone, num_classes=case.config["num_classes"], smoothing=0.3).build()
+    case.close(task.loss(logits, target), "out.soft_ce")  # smoothed already: not once more
 
 
 class GivenTask(Task):

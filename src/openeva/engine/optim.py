@@ -1,4 +1,4 @@
-"""Parameter groups and AdamW.
+"""Parameter groups, AdamW and LARS.
 
 Source: spec sections 5.1 and 5.2. No decay for 1-D parameters, names that end in `.bias`, and the model's own list;
 with layer decay, each group's learning rate and weight decay are scaled by `decay ** (L + 1 - layer)`.
@@ -6,25 +6,31 @@ with layer decay, each group's learning rate and weight decay are scaled by `dec
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from openeva.config import Config, Duration
+from openeva.engine.lars import Lars
 from openeva.engine.schedule import Schedule, Shape
 
 
 class OptimConfig(Config):
-    """AdamW and its schedules; the defaults are EVA's pre-training recipe."""
+    """Optimizer and its schedules; the defaults are EVA's pre-training recipe."""
 
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: large-batch SGD, for linear probes")
     lr: float = Field(1e-3, ge=0, description="peak learning rate, not scaled by batch size")
     min_lr: float = Field(1e-5, ge=0, description="the learning rate that the decay approaches")
     warmup: Duration = Field(Duration(2, "epochs"), description="linear rise from 0")
     schedule: Shape = "cosine"
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    eps: float = Field(1e-6, gt=0, description="of AdamW")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of LARS")
+    trust_coefficient: float = Field(
+        0.001, gt=0, description="of LARS: step relative to the weight's norm, per unit of lr"
+    )
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(
         None, ge=0, description="end of a cosine schedule of the decay; constant when left out"
@@ -94,8 +100,34 @@ def param_groups(
     return list(groups.values())
 
 
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, *, no_decay: set[str], num_layers: int
+) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over the module's parameters.
+
+    Raises:
+        ValueError: Nothing learns, or layer decay is asked for a backbone whose layers are not known by name.
+    """
+    if config.name == "adamw":
+        return adamw(module, config, no_decay=no_decay, num_layers=num_layers)
+    return Lars(
+        _groups(module, config, no_decay, num_layers), config.lr, momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+    )  # fmt: skip
+
+
 def adamw(module: nn.Module, config: OptimConfig, *, no_decay: set[str], num_layers: int) -> torch.optim.AdamW:
-    """Fused AdamW over the module's parameters."""
+    """Fused AdamW over the module's parameters.
+
+    Raises:
+        ValueError: As `build_optimizer`.
+    """
+    groups = _groups(module, config, no_decay, num_layers)
+    # lr as a float is fine for the fused kernel, which takes the found_inf flag of a skipped step as well
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _groups(module: nn.Module, config: OptimConfig, no_decay: set[str], num_layers: int) -> list[dict[str, Any]]:
     groups = param_groups(
         module.named_parameters(),
         weight_decay=config.weight_decay,
@@ -103,7 +135,15 @@ def adamw(module: nn.Module, config: OptimConfig, *, no_decay: set[str], num_lay
         layer_decay=config.layer_decay,
         num_layers=num_layers,
     )
+    if not groups:
+        raise ValueError("nothing learns: every parameter of the model is frozen")
+    names = [name for group in groups for name in group["names"]]
+    nameless = any(n.startswith("backbone.") for n in names) and all(g["layer"] > num_layers for g in groups)
+    if config.layer_decay < 1 and nameless:
+        raise ValueError(
+            "optim.layer_decay goes by the transformer's own names (blocks.0, ...), which this backbone does not have;"
+            " set it to 1, or use backbone: {name: vit, ...}"
+        )
     for group in groups:
         del group["names"]  # DDP and FSDP rename parameters; checkpoints go by the module's own names
-    # lr as a float is fine for the fused kernel, which takes the found_inf flag of a skipped step as well
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return groups
