@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from openeva.data.loader import DataConfig, EvalLoader, TooManyBrokenError, TrainLoader
 from openeva.data.masking import AlternateMasking, BlockMasking, RandomMasking
-from openeva.data.mixture import Mixture, Streams, hold_out
+from openeva.data.mixture import Mixture, Streams
 from openeva.data.sources import scenes
 from openeva.data.sources.base import Sample
+from openeva.data.subset import hold_out
 from openeva.data.views import CropConfig, ViewSpec
 
 PLAIN = ViewSpec((16, 16))

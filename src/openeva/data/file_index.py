@@ -343,6 +343,10 @@ class FileIndex:
         """Number in `groups` of the first-level folder that a file lies in, -1 for a file right in a root."""
         return int(self._group[self._folder(index)])
 
+    def groups_of_all(self) -> npt.NDArray[np.int32]:
+        """`group_of` for every file."""
+        return np.repeat(self._group, np.diff(self._first, append=self.num_files))
+
     def first_ungrouped(self) -> int | None:
         """Number of the first file that lies right in a root, None if there is none."""
         counts = np.diff(self._first, append=self.num_files)

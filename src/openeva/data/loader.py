@@ -1,52 +1,34 @@
 """Batches from sources: seeded, sharded over ranks and workers, resumed at the same sample.
 
 `DataConfig` -> sources -> `TrainLoader` (endless, the micro-batches of one optimizer step at a time) and `EvalLoader`
-(each sample once). A worker makes whole micro-batches: order (`sampler`) -> read (`sources`) -> decode -> cut (`views`)
--> mask.
-
-A batch is a dict:
-    image: uint8 `[B, 3, Y, X]`, not normalised.
-    target_image: uint8 `[B, 3, Y', X']`, the same crop at the target's size; only where the sizes differ.
-    mask: bool `[B, N]`, true = masked (this and the next two only with masking).
-    masked_index: int64 `[B * max_masked]`, positions of the masked patches among all `B * N`, sample by sample in
-        raster order, then zeros: the shape does not depend on the masks, so that no device has to be asked for it.
-    masked_weight: float32 of the same length, 1 for masked patches and 0 for the padding.
-    index: int64 `[B]`, number of the sample in the concatenated sources (-1 for streams).
-    flip: bool `[B]`, true = mirrored.   label: int64 `[B]`, -1 where there is none.
-    broken: names of the files that could not be read while this batch was made.
-
-Source: as in the official reader, a broken file is replaced by a random other sample with that sample's own label.
+(each sample once). A worker makes whole micro-batches (`batches.py`, which says what is in one), in the order of
+`sampler.py`.
 """
 
 import os
-import random
 import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from openeva.config import Config, Source
-from openeva.data.decode import decode, to_rgb
+from openeva.data.batches import Batch, BatchMaker, EvalBatches, StreamBatches, TrainBatches
 from openeva.data.file_index import Progress
-from openeva.data.mixture import Mixture, Streams, hold_out, open_sources
+from openeva.data.mixture import Mixture, Streams, balanced, open_sources
 from openeva.data.sampler import Order, permute, seed_of, seeds_of
-from openeva.data.sources.base import Sample
+from openeva.data.subset import few_labels, hold_out, hold_out_listed
 from openeva.data.views import CropConfig, ViewSpec
 from openeva.data.workers import resolve_workers
 
-Batch = dict[str, Any]
-
 _FEWEST_READS = 1000
 """The share of broken files is judged only after this many reads, or one epoch where that is less."""
-_REPLACEMENTS = 32
-"""So many broken files in a row for one place in a batch mean that nothing can be read."""
 
 
 class TooManyBrokenError(RuntimeError):
@@ -59,8 +41,10 @@ class DataConfig(Config):
     Attributes:
         train: Sources of training samples.
         val: Sources of held-out samples.
-        holdout: Share of the training samples that is held out instead when `val` is empty; the same ones for every
-            seed.
+        holdout: Share of the training samples that is held out instead when `val` is empty, of each class where there
+            are labels; the same ones for every seed. Or the `held_out.csv` of an earlier run: the samples listed there.
+        balance: How evenly classes are drawn: 0 = as often as they have images, 1 = all alike, 0.5 = like the square
+            root of their number of images.
         crop: The training crop.
         val_crop: The crop of held-out samples.
         num_workers: Processes that make batches; 0 = the training process itself, "auto" = by the number of cores.
@@ -70,7 +54,8 @@ class DataConfig(Config):
 
     train: list[Source] = Field(min_length=1)
     val: list[Source] = Field(default_factory=list)
-    holdout: float = Field(0.0, ge=0, lt=1)
+    holdout: Annotated[float, Field(ge=0, lt=1)] | Path = 0.0
+    balance: float = Field(0.0, ge=0, le=1)
     crop: CropConfig = CropConfig()
     val_crop: CropConfig = CropConfig(kind="center", hflip=0.0)
     num_workers: int | Literal["auto"] = "auto"
@@ -96,19 +81,41 @@ class DataConfig(Config):
             OSError: A source is missing.
         """
         train = open_sources(self.train, progress)
-        if self.val:
-            val = open_sources(self.val, progress)
-            if isinstance(val, Streams):
-                raise ValueError(
-                    "val sources must be local files, not pipes or URLs: held-out samples are read by number"
-                )
-            return train, val
-        if not self.holdout:
-            return train, None
+        val = open_sources(self.val, progress) if self.val else None
+        if isinstance(val, Streams):
+            raise ValueError("val sources must be local files, not pipes or URLs: held-out samples are read by number")
         if isinstance(train, Streams):
+            self._check_streams()
+            return train, self._aligned(val, train)
+        sources: list[Any] = train.sources
+        if self.holdout:
+            sources, val = self._hold_out(train)
+        elif val is not None:
+            val = Mixture(_few(val.sources, self.val, "data.val"), val.weights)
+        train = Mixture(_few(sources, self.train, "data.train"), train.weights)
+        return balanced(train, self.balance), self._aligned(val, train)
+
+    def _check_streams(self) -> None:
+        if self.holdout:
             raise ValueError("a share of pipes or URLs cannot be held out: set holdout to 0 and give val sources")
-        parts = [hold_out(source, self.holdout) for source in train.sources]
-        return Mixture([p[0] for p in parts], train.weights), Mixture([p[1] for p in parts], train.weights)
+        if self.balance:
+            raise ValueError("data.balance needs samples that are files: the classes of a stream are not known before")
+
+    def _hold_out(self, train: Mixture) -> tuple[list[Any], Mixture]:
+        """Training sources without what is held out, and that."""
+        if isinstance(self.holdout, Path):
+            parts = hold_out_listed(train.sources, self.holdout)
+        else:
+            parts = [hold_out(source, self.holdout) for source in train.sources]
+        held = [(part, weight) for (_, part), weight in zip(parts, train.weights, strict=True) if part is not None]
+        return [part for part, _ in parts], Mixture([part for part, _ in held], [weight for _, weight in held])
+
+    @staticmethod
+    def _aligned(val: Mixture | None, train: Mixture | Streams) -> Mixture | None:
+        """Labels of the held-out samples count as those of the training samples, where these have all the classes."""
+        if val is None or not set(val.class_names) <= set(train.class_names):
+            return val
+        return val.aligned(train.class_names)
 
     @property
     def workers(self) -> int:
@@ -116,155 +123,9 @@ class DataConfig(Config):
         return resolve_workers(self.num_workers)
 
 
-# ------------------------------------------------------------------------------------------- samples to batches
-
-
-class _BatchMaker:
-    """Fills batches row by row; lives in the workers."""
-
-    def __init__(self, spec: ViewSpec, crop: CropConfig) -> None:
-        self.spec, self.crop = spec, crop
-
-    def empty(self, size: int) -> Batch:
-        """Arrays for `size` samples."""
-        batch: Batch = {"image": torch.empty(size, 3, *self.spec.image_size, dtype=torch.uint8)}
-        if second_size := self.spec.second_size:
-            batch["target_image"] = torch.empty(size, 3, *second_size, dtype=torch.uint8)
-        if self.spec.masking is not None:
-            batch["mask"] = torch.zeros(size, *self.spec.masking.grid, dtype=torch.bool)
-        batch["index"] = torch.full((size,), -1)
-        batch["flip"] = torch.zeros(size, dtype=torch.bool)
-        batch["label"] = torch.full((size,), -1)
-        batch["broken"] = []
-        return batch
-
-    def put(self, batch: Batch, row: int, sample: Sample, index: int, seed: int) -> None:
-        """Decode, cut and mask one sample; all chance comes from `seed`.
-
-        Raises:
-            OSError: The image cannot be decoded.
-        """
-        image_YXC = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
-        rng = random.Random(seed)
-        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
-        image_YXC = self.crop.jitter(image_YXC, rng)
-        batch["image"][row] = self.crop.cut(image_YXC, crop, self.spec.image_size)
-        if second_size := self.spec.second_size:
-            batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
-        if self.spec.masking is not None:
-            batch["mask"][row] = torch.from_numpy(self.spec.masking(rng))
-        batch["index"][row] = index
-        batch["flip"][row] = crop.flip
-        batch["label"][row] = sample.label
-
-    def finish(self, batch: Batch, num_rows: int) -> Batch:
-        """Cut a batch to the rows that were filled and list the masked patches."""
-        batch = {key: value[:num_rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        if self.spec.masking is None:
-            return batch
-        batch["mask"] = batch["mask"].flatten(1)
-        masked = batch["mask"].flatten().nonzero()[:, 0]
-        length = num_rows * self.spec.masking.max_masked
-        batch["masked_index"] = torch.zeros(length, dtype=torch.int64)
-        batch["masked_index"][: len(masked)] = masked
-        batch["masked_weight"] = (torch.arange(length) < len(masked)).float()
-        return batch
-
-
-def _broken(error: OSError, fallback: str) -> tuple[str, str]:
-    """Name and reason of a file that cannot be read."""
-    return str(error.filename or fallback), error.strerror or str(error)
-
-
-class _TrainBatches(Dataset[Batch]):
-    """Micro-batches by the number of their first sample in the run."""
-
-    def __init__(self, mixture: Mixture, order: Order, maker: _BatchMaker, batch_size: int) -> None:
-        self._mixture, self._order, self._maker, self._size = mixture, order, maker, batch_size
-
-    def __getitem__(self, first: int) -> Batch:
-        epochs, positions, indices = self._order.locate(np.arange(first, first + self._size))
-        seeds = seeds_of(seed_of(self._order.seed, -1), epochs, positions)
-        batch = self._maker.empty(self._size)
-        for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
-            self._put_or_replace(batch, row, index, seed)
-        return self._maker.finish(batch, self._size)
-
-    def _put_or_replace(self, batch: Batch, row: int, index: int, seed: int) -> None:
-        for attempt in range(_REPLACEMENTS):
-            name = f"sample {index}"
-            try:
-                sample = self._mixture.read(index)
-                name = sample.name
-                self._maker.put(batch, row, sample, index, seed)
-                return
-            except OSError as error:
-                batch["broken"].append(_broken(error, name))
-            index = seed_of(seed, attempt) % len(self._mixture)
-        batch["image"][row] = 0  # never trained on: the loader stops at `unreadable`
-        batch["unreadable"] = True
-
-
-class _EvalBatches(Dataset[Batch]):
-    """Batches by the list of their samples; what cannot be read is left out."""
-
-    def __init__(self, mixture: Mixture, maker: _BatchMaker) -> None:
-        self._mixture, self._maker = mixture, maker
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        batch = self._maker.empty(len(indices))
-        row = 0
-        for index in indices:
-            name = f"sample {index}"
-            try:
-                sample = self._mixture.read(index)
-                name = sample.name
-                self._maker.put(batch, row, sample, index, seed_of(index))
-                row += 1
-            except OSError as error:
-                batch["broken"].append(_broken(error, name))
-        return self._maker.finish(batch, row)
-
-
-class _StreamBatches(IterableDataset[Batch]):
-    """Micro-batches of one reader (rank x worker) of streams, endless."""
-
-    def __init__(
-        self, streams: Streams, maker: _BatchMaker, batch_size: int, seed: int, epoch: int, rank: int, world_size: int
-    ) -> None:
-        self._streams, self._maker, self._size = streams, maker, batch_size
-        self._seed, self._epoch, self._rank, self._world_size = seed, epoch, rank, world_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        part, num_parts = self._rank * num_workers + number, self._world_size * num_workers
-        samples = [self._endless(number, part, num_parts) for number in range(len(self._streams.sources))]
-        rng = random.Random(seed_of(self._seed, part))
-        batch, row = self._maker.empty(self._size), 0
-        while True:
-            sample = next(rng.choices(samples, self._streams.counts)[0], None)
-            if sample is None:
-                return
-            try:
-                self._maker.put(batch, row, sample, -1, rng.getrandbits(64))
-                row += 1
-            except OSError as error:
-                batch["broken"].append(_broken(error, sample.name))
-            if row == self._size:
-                yield self._maker.finish(batch, row)
-                batch, row = self._maker.empty(self._size), 0
-
-    def _endless(self, number: int, part: int, num_parts: int) -> Iterator[Sample]:
-        """Epoch after epoch of one stream; ends where an epoch has nothing for this reader."""
-        epoch, some = self._epoch, True
-        while some:
-            some = False
-            stream = self._streams.sources[number].stream
-            for sample in stream(epoch=epoch, seed=seed_of(self._seed, number), part=part, num_parts=num_parts):
-                some = True
-                yield sample
-            epoch += 1
+def _few(sources: list[Any], configs: list[Any], where: str) -> list[Any]:
+    """The sources with as many labels as their configs say."""
+    return [few_labels(s, c, f"{where}.{n}") for n, (s, c) in enumerate(zip(sources, configs, strict=True))]
 
 
 # ------------------------------------------------------------------------------------------------------ loaders
@@ -380,7 +241,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: There are fewer samples than a global batch takes.
         """
-        self._maker = _BatchMaker(spec, crop)
+        self._maker = BatchMaker(spec, crop)
         self._source, self._batch_size, self._accumulation, self._seed = source, batch_size, accumulation, seed
         self._rank, self._world_size = rank, world_size
         self._global_batch = batch_size * accumulation * world_size
@@ -420,10 +281,10 @@ class TrainLoader(_Loader):
     def _dataset(self, start_sample: int) -> Dataset[Batch]:
         if isinstance(self._source, Mixture):
             order = Order(self._source.lengths, self._source.weights, self._seed, self.samples_per_epoch)
-            return _TrainBatches(self._source, order, self._maker, self._batch_size)
+            return TrainBatches(self._source, order, self._maker, self._batch_size)
         epoch = start_sample // self.samples_per_epoch
         seed = seed_of(self._seed, start_sample)
-        return _StreamBatches(self._source, self._maker, self._batch_size, seed, epoch, self._rank, self._world_size)
+        return StreamBatches(self._source, self._maker, self._batch_size, seed, epoch, self._rank, self._world_size)
 
     def _first_samples(self, start_sample: int) -> Iterator[int]:
         """Number of the first sample of each micro-batch of this rank, for ever."""
@@ -455,7 +316,7 @@ class EvalLoader(_Loader):
         max_broken: float = 0.01,
     ) -> None:
         """See `TrainLoader`; `limit` takes that many samples, chosen at random but always the same."""
-        self._source, self._maker = source, _BatchMaker(spec, crop)
+        self._source, self._maker = source, BatchMaker(spec, crop)
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.num_samples = len(source) if limit is None else min(limit, len(source))
         """Samples of all ranks together."""
@@ -480,7 +341,7 @@ class EvalLoader(_Loader):
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._load(_EvalBatches(self._source, self._maker), self._requests()):
+        for batch in self._load(EvalBatches(self._source, self._maker), self._requests()):
             if len(batch["index"]):
                 yield batch
 

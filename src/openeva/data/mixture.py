@@ -1,43 +1,57 @@
-"""Several sources read as one: concatenation with weights, and the seeded cut into training and held-out samples.
+"""Several sources read as one: concatenation with weights and common labels.
 
-source configs -> `open_sources` -> `Mixture` (index -> sample) or `Streams`.
+source configs -> `open_sources` -> `Mixture` (index -> sample) or `Streams` -> `balanced` by class.
 """
 
+import csv
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openeva.config import ComponentConfig
 from openeva.data.file_index import Progress
-from openeva.data.sampler import permute
+from openeva.data.labels import by_class, class_counts, class_names_of, labels_of, name_of
+from openeva.data.sampler import Indices
 from openeva.data.sources.base import Sample, Source, StreamSource
-
-_HOLDOUT_KEY = 0x0E7A
-"""The cut must not depend on the seed of a run: what one run holds out, no other may train on."""
+from openeva.data.subset import Part, Subset, identity_of
 
 
 class Mixture:
     """Sources one after the other, each sample with an index of its own.
 
+    Labels follow the names of the classes: a class of the same name in two sources is one class.
+
     Attributes:
         sources: Numbered sources.
         weights: How often a sample of each source is seen per epoch, on average.
+        class_names: By label, empty without labels.
         num_classes: Number of label values, 0 without labels.
         identity: Of each source in words; two mixtures of the same identity have the same samples in the same order, as
             far as the sources can tell.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        class_names: Sequence[str] | None = None,
+        identity: Sequence[str] | None = None,
+    ) -> None:
+        """Put sources together; the class names are all of theirs and the identity is made of theirs if left out."""
         empty = [str(number) for number, source in enumerate(sources) if len(source) == 0]
         if not sources or empty:
             raise ValueError(f"no samples in source {', '.join(empty)}" if sources else "no source of samples is given")
         self.sources = list(sources)
         self.weights = list(weights)
-        self.num_classes = max(source.num_classes for source in sources)
-        self.identity = [f"{w:g} x {_identity(source)}" for w, source in zip(weights, sources, strict=True)]
+        names = [class_names_of(source) for source in sources]
+        self.class_names = _merged(names) if class_names is None else list(class_names)
+        self.num_classes = len(self.class_names)
+        self._label_maps = [_label_map(own, self.class_names) for own in names]
+        self.identity = list(identity or (f"{w:g} x {identity_of(s)}" for w, s in zip(weights, sources, strict=True)))
         self._ends = np.cumsum([len(source) for source in sources])
 
     @property
@@ -55,45 +69,86 @@ class Mixture:
             OSError: It cannot be read.
             IndexError: Not an index of this mixture.
         """
+        number, inside = self._locate(index)
+        sample, label_map = self.sources[number].read(inside), self._label_maps[number]
+        return sample if label_map is None else replace(sample, label=int(label_map[sample.label]))
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Number of the source that a sample is in, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a mixture of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        return self.sources[number].read(index - start)
+        return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def name_of(self, index: int) -> str:
+        """Name of a sample, without reading it where its source can tell."""
+        number, inside = self._locate(index)
+        return name_of(self.sources[number], inside)
+
+    def labels(self) -> Indices:
+        """Class of every sample, -1 where there is none.
+
+        Raises:
+            ValueError: A source cannot tell without reading its images.
+        """
+        found = zip(map(labels_of, self.sources), self._label_maps, strict=True)
+        return np.concatenate([labels if label_map is None else label_map[labels] for labels, label_map in found])
+
+    def aligned(self, class_names: Sequence[str]) -> "Mixture":
+        """The same samples with labels that count in these names, of which it must have no other."""
+        return Mixture(self.sources, self.weights, class_names, self.identity)
 
 
-def _identity(source: Source) -> str:
-    """What tells a source from another: its number of samples, and its own identity where it has one."""
-    return " ".join([f"{len(source)} samples", *filter(None, [getattr(source, "identity", "")])])
+def _merged(lists: Sequence[list[str]]) -> list[str]:
+    """All names, those of the first list first."""
+    return list(dict.fromkeys(name for names in lists for name in names))
 
 
-class Part:
-    """A seeded share of a source: the samples at positions `start` to `stop` of a fixed permutation."""
-
-    def __init__(self, source: Source, start: int, stop: int) -> None:
-        self.num_classes = source.num_classes
-        self.identity = f"{start} to {stop} of {_identity(source)}"
-        self._source, self._start, self._stop = source, start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def read(self, index: int) -> Sample:
-        """The sample of this index."""
-        position = np.array([self._start + index])
-        return self._source.read(int(permute(position, len(self._source), np.array([_HOLDOUT_KEY], np.uint64))[0]))
+def _label_map(names: list[str], wanted: list[str]) -> Indices | None:
+    """Label -> label of the same name; None where nothing changes. The last entry answers for -1: no label."""
+    if names == wanted[: len(names)]:
+        return None
+    number = {name: label for label, name in enumerate(wanted)}
+    return np.array([number[name] for name in names] + [-1])
 
 
-def hold_out(source: Source, share: float) -> tuple[Part, Part]:
-    """Cut a source into a training and a held-out part (at least one sample each), the same for every run.
+def balanced(data: Mixture, balance: float) -> Mixture:
+    """The same samples, drawn so that a class of n images gets a share of an epoch like `n ** (1 - balance)`.
+
+    An epoch stays as long as it was. Within a class, no image comes a second time before all others came once.
 
     Raises:
-        ValueError: The source has less than two samples.
+        ValueError: There are no labels that are known beforehand, or the sources have weights of their own.
     """
-    if len(source) < 2:
-        raise ValueError(f"cannot hold out a share of {len(source)} sample(s); give a val source or set holdout to 0")
-    cut = len(source) - min(max(1, round(share * len(source))), len(source) - 1)
-    return Part(source, 0, cut), Part(source, cut, len(source))
+    if not balance:
+        return data
+    if any(weight != data.weights[0] for weight in data.weights):
+        raise ValueError("data.balance decides how often an image is seen: leave out the `weight` of its sources")
+    if unlabelled := [str(n) for n, source in enumerate(data.sources) if not source.num_classes]:
+        raise ValueError(f"data.balance needs labels, but data.train.{unlabelled[0]} has none")
+    classes = [members for members in by_class(data.labels(), data.num_classes) if len(members)]
+    sizes = np.array([len(members) for members in classes], float)
+    weights = data.weights[0] * sizes**-balance * sizes.sum() / (sizes ** (1 - balance)).sum()
+    parts = [Subset(data, members, "one class") for members in classes]
+    return Mixture(parts, weights.tolist(), data.class_names, [*data.identity, f"balance {balance:g}"])
+
+
+def write_held_out(data: Mixture, file: Path) -> None:
+    """List the samples as `path,label` (the class's name), where names are known without reading images.
+
+    The list is a source (`image_list`), and `data.holdout` takes it to hold out the same samples again.
+    """
+    if not all(hasattr(source, "name_of") for source in data.sources):
+        return
+    labels = data.labels() if all(hasattr(s, "labels") or not s.num_classes for s in data.sources) else None
+    partial = file.with_name(f".{file.name}.tmp")
+    with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+        rows = csv.writer(text)
+        rows.writerow(["path", "label"])
+        for index in range(len(data)):
+            label = -1 if labels is None else int(labels[index])
+            rows.writerow([data.name_of(index), data.class_names[label] if label >= 0 else ""])
+    partial.replace(file)
 
 
 @dataclass(frozen=True)
@@ -111,7 +166,12 @@ class Streams:
     @property
     def num_classes(self) -> int:
         """Number of label values, 0 without labels."""
-        return max(source.num_classes for source in self.sources)
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """By label, empty without labels. Labels of streams are numbers that mean the same in all of them."""
+        return max(map(class_names_of, self.sources), key=len)
 
     @property
     def counts(self) -> list[int]:
@@ -151,4 +211,43 @@ def open_sources(configs: Sequence[ComponentConfig], progress: Progress | None =
         raise ValueError(
             "streams (pipes, URLs) cannot be mixed with local sources; download them, or use streams alone"
         )
+    if any(getattr(config, key, None) for config in configs for key in ("shots", "label_fraction")):
+        raise ValueError("the images of a stream cannot be chosen by class: leave out shots and label_fraction")
     return Streams(streams, weights)
+
+
+def label_problems(train: Mixture | Streams, val: Mixture | None) -> list[str]:
+    """Why training on these labels cannot work, in words for the user; nothing where it can."""
+    problems = [*_unlabelled("data.train", train), *(_unlabelled("data.val", val) if val else [])]
+    if problems:
+        return problems
+    if train.num_classes < 2:
+        problems.append(
+            f"data.train has images of one class only ({train.class_names[0]}): a classifier needs two or more; with"
+            " image_folder, `roots` is the folder that holds one folder per class"
+        )
+    for number, source in enumerate(train.sources):
+        empty = np.flatnonzero(class_counts(source) == 0) if getattr(source, "classes_found", False) else []
+        if len(empty):
+            names = class_names_of(source)
+            problems.append(
+                f"data.train.{number}: {len(empty)} of its {len(names)} classes have no images"
+                f" ({_some([names[label] for label in empty])}); add images, remove the class, or, if it is meant so,"
+                " list all classes as `classes` of this source"
+            )
+    unknown = [name for name in (val.class_names if val else []) if name not in set(train.class_names)]
+    if unknown:
+        problems.append(
+            f"data.val has {len(unknown)} classes that data.train does not have: {_some(unknown)} (those of data.train:"
+            f" {_some(train.class_names)}); classes are told by their names, so rename or leave out the others"
+        )
+    return problems
+
+
+def _unlabelled(where: str, data: Mixture | Streams) -> list[str]:
+    how = "(image_folder: `labels: true`, one folder per class; image_list: a column of labels)"
+    return [f"{where}.{n} has no labels {how}" for n, source in enumerate(data.sources) if not source.num_classes]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

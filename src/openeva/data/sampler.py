@@ -113,13 +113,13 @@ class Order:
         ends = np.cumsum(counts)
         which = np.searchsorted(ends, shuffled, side="right")
         index = np.empty_like(shuffled)
-        offset = 0
-        for number, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+        starts = np.cumsum([0, *self.lengths])
+        for number in np.unique(which).tolist():  # there may be thousands of sources: one per class
+            length, count = self.lengths[number], counts[number]
             mine = np.flatnonzero(which == number)
             within = shuffled[mine] - (ends[number] - count)
             if count != length:
                 passes, within = np.divmod(epochs[mine] * count + within, length)
                 within = permute(within, length, seeds_of(seed_of(self.seed, number + 1), passes))
-            index[mine] = offset + within
-            offset += length
+            index[mine] = starts[number] + within
         return epochs, positions, index

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openeva.config import ComponentConfig
 
@@ -37,11 +37,23 @@ class SourceConfig(ComponentConfig):
 
     weight: float = Field(1.0, gt=0, description="how often a sample is seen per epoch, on average; 0.5 = half of them")
     limit: int | None = Field(None, gt=0, description="use so many samples only, a seeded choice; for trials")
+    shots: int | None = Field(None, gt=0, description="use so many images of each class, a seeded choice")
+    label_fraction: float | None = Field(None, gt=0, le=1, description="use this share of the images of each class")
+    shots_seed: int = Field(0, description="another seed, other images for shots and label_fraction")
+
+    @model_validator(mode="after")
+    def _few_labels_in_one_way(self) -> "SourceConfig":
+        if self.shots is not None and self.label_fraction is not None:
+            raise ValueError("give either shots (images per class) or label_fraction (share of each class), not both")
+        return self
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to samples."""
+    """Random access to samples.
+
+    A source may also tell `class_names`, `labels()` and `name_of(index)` without reading images: `data/labels.py`.
+    """
 
     num_classes: int
     """Number of label values, 0 without labels."""

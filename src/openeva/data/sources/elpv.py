@@ -12,8 +12,10 @@ import importlib.util
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from openeva.data.sources.base import Sample, SourceConfig
@@ -49,6 +51,7 @@ class Config(SourceConfig):
 class Elpv:
     """The photographs of one split, in the order of their names."""
 
+    class_names: ClassVar[list[str]] = ["functional", "defective"]
     num_classes = 2
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -70,7 +73,19 @@ class Elpv:
         """The photograph of one cell, with `extra = {"probability": 0..1, "type": "mono" | "poly"}`."""
         name, probability, kind = self._cells[index]
         image = (self._folder / name).read_bytes()
-        return Sample(image, f"elpv/{name}", int(probability >= 0.5), {"probability": probability, "type": kind})
+        return Sample(image, self.name_of(index), _label(probability), {"probability": probability, "type": kind})
+
+    def name_of(self, index: int) -> str:
+        """Its name, without reading it."""
+        return f"elpv/{self._cells[index][0]}"
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class of every cell."""
+        return np.array([_label(probability) for _, probability, _ in self._cells], np.int64)
+
+
+def _label(probability: float) -> int:
+    return int(probability >= 0.5)
 
 
 def _folder() -> Path:

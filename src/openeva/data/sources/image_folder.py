@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BeforeValidator, Field
 
 from openeva.config import ConfigError
@@ -68,7 +69,7 @@ class Config(SourceConfig):
             text = f"image_folder: no images below {', '.join(map(str, roots))}; files must end in"
             kinds = ", ".join("." + e for e in extensions)
             raise ConfigError([f"{text} {kinds} (key `extensions`), and hidden ones are skipped"])
-        return ImageFolder(index, _class_names(index, self.labels, self.classes))
+        return ImageFolder(index, _class_names(index, self.labels, self.classes), classes_found=self.classes is None)
 
 
 def _root_problem(root: Path) -> str | None:
@@ -106,12 +107,13 @@ class ImageFolder:
 
     Attributes:
         class_names: By label, empty without labels.
+        classes_found: True = the classes are what was found on disk, so that an empty one is likely a mistake.
         identity: Two sources of the same identity have the same files in the same order.
     """
 
-    def __init__(self, index: FileIndex, class_names: list[str]) -> None:
+    def __init__(self, index: FileIndex, class_names: list[str], *, classes_found: bool = True) -> None:
         self._index = index
-        self.class_names = class_names
+        self.class_names, self.classes_found = class_names, classes_found
         self.num_classes = len(class_names)
         self.identity = index.identity
         number = {name: label for label, name in enumerate(class_names)}
@@ -131,3 +133,12 @@ class ImageFolder:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (names need not be valid UTF-8)
             image = file.read()
         return Sample(image, printable(path), int(self._label_of_group[self._index.group_of(index)]))
+
+    def name_of(self, index: int) -> str:
+        """Path of a file."""
+        return printable(self._index.path_of(index))
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class of every file."""
+        labels: npt.NDArray[np.int64] = self._label_of_group[self._index.groups_of_all()]
+        return labels

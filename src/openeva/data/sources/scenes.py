@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -130,6 +130,7 @@ class Config(SourceConfig):
 class Scenes:
     """Numbered scenes; nothing is stored."""
 
+    class_names: ClassVar[list[str]] = list(SHAPES)
     num_classes = len(SHAPES)
 
     def __init__(self, config: Config) -> None:
@@ -142,7 +143,17 @@ class Scenes:
     def read(self, index: int) -> Sample:
         """The picture of this index, its label the shape of the main object, `extra = {"scene": Scene}`."""
         scene = draw_scene(self._config.seed, index, self._config.max_objects)
-        return Sample(Image.fromarray(render(scene, self._size)), f"scenes/{index}", scene.label, {"scene": scene})
+        return Sample(Image.fromarray(render(scene, self._size)), self.name_of(index), scene.label, {"scene": scene})
+
+    def name_of(self, index: int) -> str:
+        """Its name, without drawing it."""
+        return f"scenes/{index}"
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Shape of the main object of every scene; the scenes are described, not drawn."""
+        config = self._config
+        scenes = (draw_scene(config.seed, index, config.max_objects) for index in range(len(self)))
+        return np.fromiter((scene.label for scene in scenes), np.int64, len(self))
 
 
 # ------------------------------------------------------------------------------------------- what there is

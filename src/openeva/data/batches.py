@@ -1,0 +1,185 @@
+"""Samples to batches, inside the workers: read (`sources`) -> decode -> cut (`views`) -> augment -> mask -> one row.
+
+numbers of samples -> `TrainBatches`, `EvalBatches` or `StreamBatches` -> a batch, a dict:
+    image: uint8 `[B, 3, Y, X]`, not normalised.
+    target_image: uint8 `[B, 3, Y', X']`, the same crop at the target's size; only where the sizes differ.
+    mask: bool `[B, N]`, true = masked (this and the next two only with masking).
+    masked_index: int64 `[B * max_masked]`, positions of the masked patches among all `B * N`, sample by sample in
+        raster order, then zeros: the shape does not depend on the masks, so that no device has to be asked for it.
+    masked_weight: float32 of the same length, 1 for masked patches and 0 for the padding.
+    index: int64 `[B]`, number of the sample in the concatenated sources (-1 for streams).
+    flip: bool `[B]`, true = mirrored.   label: int64 `[B]`, -1 where there is none.
+    name: names of the samples, such as paths; only in batches for evaluation.
+    broken: names of the files that could not be read while this batch was made.
+
+Source: as in the official reader, a broken file is replaced by a random other sample with that sample's own label.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from openeva.data.decode import decode, to_rgb
+from openeva.data.mixture import Mixture, Streams
+from openeva.data.sampler import Order, seed_of, seeds_of
+from openeva.data.sources.base import Sample
+from openeva.data.views import CropConfig, ViewSpec
+
+Batch = dict[str, Any]
+
+_REPLACEMENTS = 32
+"""So many broken files in a row for one place in a batch mean that nothing can be read."""
+
+
+class BatchMaker:
+    """Fills batches row by row; lives in the workers."""
+
+    def __init__(self, spec: ViewSpec, crop: CropConfig) -> None:
+        self.spec, self.crop = spec, crop
+
+    def empty(self, size: int) -> Batch:
+        """Arrays for `size` samples."""
+        batch: Batch = {"image": torch.empty(size, 3, *self.spec.image_size, dtype=torch.uint8)}
+        if second_size := self.spec.second_size:
+            batch["target_image"] = torch.empty(size, 3, *second_size, dtype=torch.uint8)
+        if self.spec.masking is not None:
+            batch["mask"] = torch.zeros(size, *self.spec.masking.grid, dtype=torch.bool)
+        batch["index"] = torch.full((size,), -1)
+        batch["flip"] = torch.zeros(size, dtype=torch.bool)
+        batch["label"] = torch.full((size,), -1)
+        batch["broken"] = []
+        return batch
+
+    def put(self, batch: Batch, row: int, sample: Sample, index: int, seed: int) -> None:
+        """Decode, cut and mask one sample; all chance comes from `seed`.
+
+        Raises:
+            OSError: The image cannot be decoded.
+        """
+        image_YXC = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
+        rng = random.Random(seed)
+        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
+        image_YXC = self.crop.jitter(image_YXC, rng)
+        batch["image"][row] = self.crop.cut(image_YXC, crop, self.spec.image_size)
+        if second_size := self.spec.second_size:
+            batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
+        if self.spec.masking is not None:
+            batch["mask"][row] = torch.from_numpy(self.spec.masking(rng))
+        batch["index"][row] = index
+        batch["flip"][row] = crop.flip
+        batch["label"][row] = sample.label
+
+    def finish(self, batch: Batch, num_rows: int) -> Batch:
+        """Cut a batch to the rows that were filled and list the masked patches."""
+        batch = {key: value[:num_rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if self.spec.masking is None:
+            return batch
+        batch["mask"] = batch["mask"].flatten(1)
+        masked = batch["mask"].flatten().nonzero()[:, 0]
+        length = num_rows * self.spec.masking.max_masked
+        batch["masked_index"] = torch.zeros(length, dtype=torch.int64)
+        batch["masked_index"][: len(masked)] = masked
+        batch["masked_weight"] = (torch.arange(length) < len(masked)).float()
+        return batch
+
+
+def _broken(error: OSError, fallback: str) -> tuple[str, str]:
+    """Name and reason of a file that cannot be read."""
+    return str(error.filename or fallback), error.strerror or str(error)
+
+
+class TrainBatches(Dataset[Batch]):
+    """Micro-batches by the number of their first sample in the run."""
+
+    def __init__(self, mixture: Mixture, order: Order, maker: BatchMaker, batch_size: int) -> None:
+        self._mixture, self._order, self._maker, self._size = mixture, order, maker, batch_size
+
+    def __getitem__(self, first: int) -> Batch:
+        epochs, positions, indices = self._order.locate(np.arange(first, first + self._size))
+        seeds = seeds_of(seed_of(self._order.seed, -1), epochs, positions)
+        batch = self._maker.empty(self._size)
+        for row, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+            self._put_or_replace(batch, row, index, seed)
+        return self._maker.finish(batch, self._size)
+
+    def _put_or_replace(self, batch: Batch, row: int, index: int, seed: int) -> None:
+        for attempt in range(_REPLACEMENTS):
+            name = f"sample {index}"
+            try:
+                sample = self._mixture.read(index)
+                name = sample.name
+                self._maker.put(batch, row, sample, index, seed)
+                return
+            except OSError as error:
+                batch["broken"].append(_broken(error, name))
+            index = seed_of(seed, attempt) % len(self._mixture)
+        batch["image"][row] = 0  # never trained on: the loader stops at `unreadable`
+        batch["unreadable"] = True
+
+
+class EvalBatches(Dataset[Batch]):
+    """Batches by the list of their samples; what cannot be read is left out."""
+
+    def __init__(self, mixture: Mixture, maker: BatchMaker) -> None:
+        self._mixture, self._maker = mixture, maker
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        batch: Batch = {**self._maker.empty(len(indices)), "name": []}
+        row = 0
+        for index in indices:
+            name = f"sample {index}"
+            try:
+                sample = self._mixture.read(index)
+                name = sample.name
+                self._maker.put(batch, row, sample, index, seed_of(index))
+                batch["name"].append(name)
+                row += 1
+            except OSError as error:
+                batch["broken"].append(_broken(error, name))
+        return self._maker.finish(batch, row)
+
+
+class StreamBatches(IterableDataset[Batch]):
+    """Micro-batches of one reader (rank x worker) of streams, endless."""
+
+    def __init__(
+        self, streams: Streams, maker: BatchMaker, batch_size: int, seed: int, epoch: int, rank: int, world_size: int
+    ) -> None:
+        self._streams, self._maker, self._size = streams, maker, batch_size
+        self._seed, self._epoch, self._rank, self._world_size = seed, epoch, rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        part, num_parts = self._rank * num_workers + number, self._world_size * num_workers
+        samples = [self._endless(number, part, num_parts) for number in range(len(self._streams.sources))]
+        rng = random.Random(seed_of(self._seed, part))
+        batch, row = self._maker.empty(self._size), 0
+        while True:
+            sample = next(rng.choices(samples, self._streams.counts)[0], None)
+            if sample is None:
+                return
+            try:
+                self._maker.put(batch, row, sample, -1, rng.getrandbits(64))
+                row += 1
+            except OSError as error:
+                batch["broken"].append(_broken(error, sample.name))
+            if row == self._size:
+                yield self._maker.finish(batch, row)
+                batch, row = self._maker.empty(self._size), 0
+
+    def _endless(self, number: int, part: int, num_parts: int) -> Iterator[Sample]:
+        """Epoch after epoch of one stream; ends where an epoch has nothing for this reader."""
+        epoch, some = self._epoch, True
+        while some:
+            some = False
+            stream = self._streams.sources[number].stream
+            for sample in stream(epoch=epoch, seed=seed_of(self._seed, number), part=part, num_parts=num_parts):
+                some = True
+                yield sample
+            epoch += 1

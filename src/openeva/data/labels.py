@@ -1,0 +1,66 @@
+"""What is known of labels without reading an image: names of classes, the class of every sample, counts per class.
+
+source -> `class_names_of`, `labels_of` (int64 `[N]`, -1 = none) -> `class_counts` (int64 `[V]`), `by_class`
+
+A source tells them by the optional members `class_names` (by label), `labels()` (class of every sample) and
+`name_of(i)` (the name that `read(i)` would give); without them classes are named by their numbers, and what needs the
+others says so.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from openeva.data.sampler import Indices, permute
+
+
+def class_names_of(source: Any) -> list[str]:
+    """Names by label, their numbers where the source has no names; empty without labels."""
+    return list(getattr(source, "class_names", None) or map(str, range(source.num_classes)))
+
+
+def labels_of(source: Any) -> Indices:
+    """Class of every sample, -1 where there is none.
+
+    Raises:
+        ValueError: The source cannot tell without reading its images.
+    """
+    if not source.num_classes:
+        return np.full(len(source), -1)
+    if not hasattr(source, "labels"):
+        raise ValueError(
+            f"the labels of a {type(source).__name__} are only known when its images are read: class counts, balance,"
+            " shots and label_fraction need class folders (image_folder) or a list of labels (image_list)"
+        )
+    labels: Indices = source.labels()
+    return labels
+
+
+def class_counts(source: Any) -> Indices:
+    """Number of samples of each class.
+
+    Raises:
+        ValueError: The source cannot tell without reading its images.
+    """
+    labels = labels_of(source)
+    return np.bincount(labels[labels >= 0], minlength=source.num_classes)
+
+
+def by_class(labels: Indices, num_classes: int, key: int | None = None) -> list[Indices]:
+    """Samples of each class, in their order or, with a 64-bit key, in the pseudo-random order that it names."""
+    order = np.arange(len(labels))
+    if key is not None:
+        order = permute(order, len(labels), np.full(len(labels), key, np.uint64))
+    order = order[np.argsort(labels[order], kind="stable")]
+    ends = np.cumsum(np.bincount(labels + 1, minlength=num_classes + 1))
+    return np.split(order, ends[:-1])[1:]  # the first are those without a label
+
+
+def name_of(source: Any, index: int) -> str:
+    """Name of a sample, without reading it where the source can tell.
+
+    Raises:
+        OSError: It had to be read and cannot be.
+    """
+    name: str = source.name_of(index) if hasattr(source, "name_of") else source.read(index).name
+    return name
