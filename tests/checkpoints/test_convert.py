@@ -23,16 +23,17 @@ KINDS = ["none", "shared", "per_block", "shared_decoupled", "per_block_decoupled
 @pytest.mark.parametrize("relative", KINDS)
 def test_official_to_openeva_and_back_keeps_every_bit(tmp_path: Path, wrapper: str, relative: str) -> None:
     weights = official(relative=relative, layer_scale=relative != "none", dtype=torch.float16)
-    suffix = "safetensors" if wrapper == "safetensors" else "pt"
-    source, back = tmp_path / f"eva.{suffix}", tmp_path / f"back.{suffix}"
+    name = "eva.safetensors" if wrapper == "safetensors" else "eva.pt"
+    source, back = tmp_path / name, tmp_path / "back" / name
     write_state_dict(source, weights, "model" if wrapper == "safetensors" else wrapper)
     report = convert(source, tmp_path / "ours", "openeva", num_heads=HEADS)
-    assert len(report.used) + len(report.dropped) == len(weights)
+    assert set(report.kept) == set(weights) - set(without_index(weights))
+    assert len(report.used) + len(report.kept) == len(weights)
     assert not report.fresh
     convert(tmp_path / "ours", back, "official")
-    assert_same(read_state_dict(back), without_index(weights))
-    if suffix == "pt":
-        assert set(torch.load(back)) == {"model"}
+    assert back.read_bytes() == source.read_bytes()
+    convert(tmp_path / "ours", tmp_path / "plain.pt", "official", wrapper="module")
+    assert_same(torch.load(tmp_path / "plain.pt")["module"], without_index(weights))
 
 
 def test_an_openeva_folder_describes_its_model(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`openeva convert`: a weight file of one layout -> another layout, with an account of every tensor.
 
 source -> `read_weights` -> openeva's names -> resized if asked -> names and file of the wanted layout
+
+A file that becomes an openeva folder and is converted back is the same again, bit for bit: see `original.py`.
 """
 
 from collections.abc import Mapping
@@ -11,10 +13,11 @@ import torch
 from torch import Tensor
 
 from openeva.checkpoints.detect import infer_grid, infer_vit_config, prediction_width, unknown_names
-from openeva.checkpoints.files import StateDict, Wrapper, write_state_dict
+from openeva.checkpoints.files import StateDict, Wrapper, write_content, write_state_dict
 from openeva.checkpoints.load import PATCH_KERNEL, LoadReport, Weights, adapt, drop_index_buffers, read_weights
 from openeva.checkpoints.native import save_native
 from openeva.checkpoints.official import to_official
+from openeva.checkpoints.original import ORIGINAL_FILE, Outline, outline_of, read_outline, restore
 from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid
 from openeva.checkpoints.timm import to_timm
 
@@ -29,8 +32,8 @@ def convert(
     to: To,
     *,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
-    wrapper: Wrapper = "model",
-    ema: bool = False,
+    wrapper: Wrapper | None = None,
+    ema: bool | None = None,
     patch_size: int | None = None,
     grid: Grid | None = None,
     num_heads: int | None = None,
@@ -42,8 +45,9 @@ def convert(
         out: A folder for "openeva", else a file; `.safetensors` is written as such.
         to: Wanted layout.
         dtype: Floating point type to cast to; None keeps the file's.
-        wrapper: Top-level key of an official PyTorch file. timm's files have none.
-        ema: Take the averaged weights of a training checkpoint.
+        wrapper: Top-level key of an official PyTorch file; None = as the file was that the weights were converted from,
+            else "model". timm's files have none.
+        ema: As in `read_weights`.
         patch_size: Resize the patch kernel to this many pixels; positions stay unless `grid` is given too.
         grid: Resize all positions to this grid (rows, columns).
         num_heads: Heads, for the config of an openeva folder, where the weights do not tell.
@@ -58,9 +62,8 @@ def convert(
         raise ValueError(
             "\n".join([f"{source}: no known model has these weights:", *(f"  - {key}" for key in unknown)])
         )
-    report = LoadReport(str(source), str(weights.layout))
+    report = LoadReport(str(source), weights.described)
     state_dict, dropped = drop_index_buffers(weights.state_dict)
-    report.dropped |= dropped
     grid_from = weights.grid or infer_grid(state_dict)
     state_dict = adapt(
         state_dict,
@@ -69,17 +72,51 @@ def convert(
         grid=grid or grid_from,
         source_grid=grid_from,
     )
+    changed = dtype is not None or bool(report.resized)
+    report.resized = {**dict(weights.moved), **report.resized}
     if dtype is not None:
         state_dict = {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state_dict.items()}
     if to == "openeva":
-        save_native(out, state_dict, _native_config(weights, state_dict, grid or grid_from, num_heads))
-    elif to == "official":
-        write_state_dict(out, to_official(state_dict), wrapper)
+        outline = None if changed else _outline(weights, state_dict)
+        if outline is None:
+            report.dropped |= dropped
+        else:
+            report.kept = dict.fromkeys(outline.kept(), f"in {ORIGINAL_FILE}, for the way back")
+            report.kept |= dict.fromkeys(outline.beside(), f"beside the weights, in {ORIGINAL_FILE}")
+        (out / ORIGINAL_FILE).unlink(missing_ok=True)  # that of other weights which were here before
+        save_native(out, state_dict, _native_config(weights, state_dict, grid or grid_from, num_heads, outline))
+        if outline is not None:
+            outline.save(out)
+        return report
+    if not changed and wrapper is None and _restored(source, out, to, state_dict):
+        return report
+    report.dropped |= dropped
+    if to == "official":
+        write_state_dict(out, to_official(state_dict), wrapper or "model")
     else:
         renamed, unplaced = to_timm(state_dict)
         _move_to_dropped(report, unplaced)
         write_state_dict(out, renamed, "bare")
     return report
+
+
+def _outline(weights: Weights, state_dict: Mapping[str, Tensor]) -> Outline | None:
+    """What the weights' own file has beyond them; for an openeva folder, that of the file it was made from."""
+    if weights.file is None:
+        return read_outline(weights.source)
+    return outline_of(weights.file, state_dict, "timm" if weights.layout.names == "timm" else "official")
+
+
+def _restored(source: Path, out: Path, to: To, state_dict: Mapping[str, Tensor]) -> bool:
+    """Write the file that an openeva folder was converted from, if that is what is wanted and can be done."""
+    outline = read_outline(source) if source.is_dir() else None
+    if outline is None or outline.naming != to or (outline.metadata is not None) != (out.suffix == ".safetensors"):
+        return False
+    content = restore(outline, state_dict)
+    if content is None:
+        return False
+    write_content(out, content, outline.metadata)
+    return True
 
 
 def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, grid: Grid | None) -> StateDict:
@@ -101,7 +138,11 @@ def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, gr
 
 
 def _native_config(
-    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+    weights: Weights,
+    state_dict: Mapping[str, Tensor],
+    grid: Grid | None,
+    num_heads: int | None,
+    outline: Outline | None,
 ) -> dict[str, Any]:
     """What can be said about a model whose training is not known; an openeva source keeps its own config."""
     try:
@@ -115,8 +156,21 @@ def _native_config(
     task["backbone"] = {**recorded, **(resized if weights.config else backbone)}
     config["task"] = task
     config.setdefault("target", {"identity": None, "width": prediction_width(state_dict)})
-    config.setdefault("converted_from", {"file": weights.source.name, "layout": str(weights.layout)})
+    if weights.file is not None:
+        config["converted_from"] = {"file": _file_name(weights), "layout": weights.described}
+        config["converted_from"] |= {"weights_under": list(weights.file.keys), "prefix": weights.file.prefix}
+        config["converted_from"] |= {"dtypes": sorted({str(t.dtype) for t in weights.file.state_dict.values()})}
+    config.setdefault("converted_from", {"file": weights.source.name, "layout": weights.described})
+    if outline is None:
+        config["converted_from"].pop("outline", None)
+    else:
+        config["converted_from"]["outline"] = ORIGINAL_FILE
     return config
+
+
+def _file_name(weights: Weights) -> str:
+    """Name of the file; where libraries call every file "model.safetensors", the name of the weights."""
+    return weights.entry.name + weights.source.suffix if weights.entry is not None else weights.source.name
 
 
 def _move_to_dropped(report: LoadReport, unplaced: Mapping[str, str]) -> None:

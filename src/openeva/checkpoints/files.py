@@ -1,6 +1,7 @@
 """Weight files on disk: a `.pt` / `.pth` / `.safetensors` file <-> plain tensors by name.
 
-file -> kind by its first bytes -> checked and read without running code -> wrapper taken off -> state dict
+file -> kind by its first bytes -> checked and read without running code -> wrapper taken off -> state dict, and what
+stood around it (`WeightFile`)
 
 Source: spec section 1.8, wrapping. Pickles are only read with `weights_only=True`; `argparse.Namespace` (which the
 official linear-probe files carry) is allowed beside tensors because restoring one only sets attributes.
@@ -11,11 +12,12 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,21 +30,47 @@ WRAPPERS = ("model", "module", "state_dict")
 EMA_WRAPPER = "model_ema"
 
 
-def read_state_dict(path: Path, *, ema: bool = False) -> StateDict:
+@dataclass(frozen=True)
+class WeightFile:
+    """A file as it lies on disk.
+
+    Attributes:
+        state_dict: The weights, without `prefix`.
+        content: All that the file holds; for safetensors the tensors by name.
+        keys: Top-level keys that lead to the weights, such as `("model",)`.
+        prefix: What stands in front of every name in the file ("module." of DistributedDataParallel).
+        metadata: Of a safetensors file; None for a PyTorch file.
+    """
+
+    state_dict: StateDict
+    content: Any
+    keys: tuple[str, ...]
+    prefix: str
+    metadata: dict[str, str] | None
+
+
+def read_state_dict(path: Path, *, ema: bool | None = False) -> StateDict:
     """Read the weights of a PyTorch or safetensors file, on the CPU, in the file's own dtypes.
 
     Args:
         path: A file; its kind is told by its content, not by its name.
-        ema: Take the averaged weights (`model_ema`) of a training checkpoint.
+        ema: Take the averaged weights (`model_ema`) of a training checkpoint; None = where there are any.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: Not a weight file, damaged, without weights, or it needs more than tensors to be read.
     """
+    return read_weight_file(path, ema=ema).state_dict
+
+
+def read_weight_file(path: Path, *, ema: bool | None = False) -> WeightFile:
+    """Read the weights and all that stands around them; see `read_state_dict`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
-    content = _read_safetensors(path) if _kind(path) == "safetensors" else _read_torch(path)
-    return _unwrap(content, path, ema=ema)
+    if _kind(path) == "safetensors":
+        content, metadata = _read_safetensors(path)
+        return _unwrap(content, path, ema=ema, metadata=metadata)
+    return _unwrap(read_torch(path), path, ema=ema, metadata=None)
 
 
 def write_state_dict(path: Path, state_dict: Mapping[str, Tensor], wrapper: Wrapper = "model") -> None:
@@ -55,16 +83,29 @@ def write_state_dict(path: Path, state_dict: Mapping[str, Tensor], wrapper: Wrap
             has no wrapper.
     """
     tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
-    if path.suffix == ".safetensors":
-        write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    in_torch = path.suffix != ".safetensors"
+    write_content(
+        path, {wrapper: tensors} if in_torch and wrapper != "bare" else tensors, None if in_torch else {"format": "pt"}
+    )
+
+
+def write_content(path: Path, content: Any, metadata: dict[str, str] | None) -> None:
+    """Write all that a file should hold, atomically: tensors with `metadata` as safetensors, else by PyTorch."""
+    if metadata is not None:
+        write_atomically(path, lambda file: save_file(content, file, metadata=metadata or None))
     else:
-        write_atomically(path, lambda file: torch.save(tensors if wrapper == "bare" else {wrapper: tensors}, file))
+        write_atomically(path, lambda file: torch.save(content, file))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, then put it in the place of `path`."""
+    """Let `write` fill a file of the same name in a folder beside `path`, flush it to disk, then put it in its place.
+
+    PyTorch writes a file's name into it: with the same name, the same content gives the same bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
+    temporary = folder / path.name
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -72,6 +113,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _kind(path: Path) -> Literal["zip", "pickle", "safetensors"]:
@@ -92,14 +134,21 @@ def _kind(path: Path) -> Literal["zip", "pickle", "safetensors"]:
     )
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
+    """All that a PyTorch file holds: tensors, plain values and `argparse.Namespace`.
+
+    Raises:
+        ValueError: Not such a file, damaged, or it needs more to be read.
+    """
     _check_zip(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -150,29 +199,29 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} is damaged or incomplete ({reason}); download or copy it again and compare its size")
 
 
-def _unwrap(content: Any, path: Path, *, ema: bool) -> StateDict:
-    keys = list(content) if isinstance(content, Mapping) else []
-    if ema:
-        if EMA_WRAPPER not in keys:
-            raise ValueError(
-                f"{path} holds no averaged weights ({EMA_WRAPPER}), only {_some(keys)}; read it without ema"
-            )
-        content = content[EMA_WRAPPER]
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+def _unwrap(content: Any, path: Path, *, ema: bool | None, metadata: dict[str, str] | None) -> WeightFile:
+    inner, top = content, list(content) if isinstance(content, Mapping) else []
+    keys: list[str] = []
+    if ema and EMA_WRAPPER not in top:
+        raise ValueError(f"{path} holds no averaged weights ({EMA_WRAPPER}), only {_some(top)}; read it without ema")
+    if ema or (ema is None and isinstance(content, Mapping) and isinstance(content.get(EMA_WRAPPER), Mapping)):
+        keys, inner = [EMA_WRAPPER], content[EMA_WRAPPER]
+    while isinstance(inner, Mapping):
+        wrapper = next((key for key in WRAPPERS if isinstance(inner.get(key), Mapping)), None)
         if wrapper is None:
             break
-        content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        held = _some(keys) if keys else f"a {type(content).__name__}"
-        hint = "; read it with ema to take the averaged weights" if EMA_WRAPPER in keys else ""
+        keys, inner = [*keys, wrapper], inner[wrapper]
+    if not isinstance(inner, Mapping) or not inner or not all(isinstance(v, Tensor) for v in inner.values()):
+        held = _some(top) if top else f"a {type(content).__name__}"
+        hint = "; read it with ema to take the averaged weights" if EMA_WRAPPER in top else ""
         raise ValueError(
             f"{path} holds no weights: expected tensors by name, at the top level or under {', '.join(WRAPPERS)}, "
             f"but found {held}{hint}"
         )
-    if all(key.startswith("module.") for key in content):  # saved from inside DistributedDataParallel
-        return {key.removeprefix("module."): tensor for key, tensor in content.items()}
-    return dict(content)
+    # names that were saved from inside DistributedDataParallel
+    prefix = "module." if all(key.startswith("module.") for key in inner) else ""
+    state_dict = {key.removeprefix(prefix): tensor for key, tensor in inner.items()}
+    return WeightFile(state_dict, content, tuple(keys), prefix, metadata)
 
 
 def _some(keys: list[Any], limit: int = 5) -> str:

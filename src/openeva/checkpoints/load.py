@@ -11,12 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from openeva.checkpoints.delta import DELTA, Base, Delta, complete
 from openeva.checkpoints.detect import INDEX_BUFFER, Layout, detect_layout, infer_grid, to_openeva
-from openeva.checkpoints.files import StateDict, read_state_dict
-from openeva.checkpoints.native import native_grid, read_native
+from openeva.checkpoints.files import EMA_WRAPPER, StateDict, WeightFile, read_weight_file
+from openeva.checkpoints.native import WEIGHTS_FILE, native_grid, read_native
+from openeva.checkpoints.pretrained import PretrainedWeights, find_entry
 from openeva.checkpoints.resize import (
     Grid,
     resize_decoupled_relative_position_table,
@@ -56,6 +60,7 @@ class LoadReport:
         resized: Name -> from what to what.
         dropped: Name in the file -> why it was not used.
         fresh: Names of the model that keep their initial values.
+        kept: Name in the file -> where it is kept although the model does not use it (conversion only).
     """
 
     source: str = ""
@@ -64,6 +69,7 @@ class LoadReport:
     resized: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The account for people: equal entries of all blocks share a line."""
@@ -77,6 +83,7 @@ class LoadReport:
             ("resized", self.resized),
             ("dropped", self.dropped),
             ("fresh", dict.fromkeys(self.fresh, "")),
+            ("kept", self.kept),
         ):
             lines += [f"{title}: {text}" for text in _grouped(entries)]
         return lines
@@ -92,6 +99,9 @@ class Weights:
         source: The file or folder.
         grid: Patch grid (rows, columns) that they were made for, where the file says so.
         config: Content of `config.json` where they come from an openeva folder, else empty.
+        file: The file as it lay on disk; None for an openeva folder.
+        entry: What is known about them, where the file has an official name or timm's.
+        moved: Name -> what was renamed beyond the layout, and why.
     """
 
     state_dict: StateDict
@@ -99,26 +109,85 @@ class Weights:
     source: Path
     grid: Grid | None
     config: dict[str, object]
+    file: WeightFile | None = None
+    entry: PretrainedWeights | None = None
+    moved: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def described(self) -> str:
+        """The layout in words, and whether the averaged weights of a training checkpoint were taken."""
+        averaged = self.file is not None and EMA_WRAPPER in self.file.keys
+        return f"{self.layout}, averaged weights" if averaged else str(self.layout)
 
 
-def read_weights(path: Path, *, ema: bool = False) -> Weights:
+def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
     """Read an openeva folder, an official file, or a file with timm's names.
+
+    Args:
+        path: The folder or file.
+        ema: Take the averaged weights of a training checkpoint; None = where the file has the name of released weights
+            whose published accuracy is that of the averaged ones, and holds them.
 
     Raises:
         FileNotFoundError: Nothing there.
         ValueError: Damaged, not weights, or not a known layout; the message starts with the path.
     """
     config: dict[str, object] = {}
+    file, entry = None, _entry_of(path)
     if path.is_dir():
-        state_dict, config = read_native(path)
+        state_dict, config = read_model(path)
+        origin = config.get("converted_from")
+        entry = find_entry(str(origin.get("file"))) if isinstance(origin, dict) else None
     else:
-        state_dict = read_state_dict(path, ema=ema)
+        preferred = None if entry is not None and entry.averaged else False
+        file = read_weight_file(path, ema=preferred if ema is None else ema)
+        state_dict = file.state_dict
     try:
         layout = detect_layout(state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    state_dict = to_openeva(state_dict)
-    return Weights(state_dict, layout, path, native_grid(config), config)
+    state_dict, moved = to_openeva(state_dict), {}
+    if file is not None and entry is not None and entry.kind == "mim" and "backbone.norm.weight" not in state_dict:
+        state_dict, moved = _norm_back(state_dict)
+    return Weights(state_dict, layout, path, native_grid(config), config, file, entry, moved)
+
+
+def _entry_of(path: Path) -> PretrainedWeights | None:
+    """Facts about a file by its name, or by its folder's where libraries call every file "model.safetensors"."""
+    if path.name != WEIGHTS_FILE:
+        return find_entry(path.name)
+    hub_folders = [part.removeprefix("models--timm--") for part in path.parts if part.startswith("models--timm--")]
+    return find_entry((hub_folders or [path.parent.name])[-1])
+
+
+def _norm_back(state_dict: StateDict) -> tuple[StateDict, dict[str, str]]:
+    """The final norm of a pre-trained model, which timm's files hold as `fc_norm`, where fine-tuning would use it."""
+    names = {key: key.replace("fc_norm.", "backbone.norm.") for key in state_dict if key.startswith("fc_norm.")}
+    why = {new: f"named {old} in timm's file" for old, new in names.items()}
+    return {names.get(key, key): tensor for key, tensor in state_dict.items()}, why
+
+
+def read_model(folder: Path) -> tuple[StateDict, dict[str, Any]]:
+    """All weights and the config of an openeva folder: where it holds only what was trained, the others come from the
+    weights that training started from, and adapters are merged.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged.
+        WeightsError: The weights that training started from are not there, or are others now.
+    """
+    state_dict, config = read_native(folder)
+    content = config.pop(DELTA, None)
+    if content is not None:
+        state_dict = complete(folder, state_dict, Delta.from_json(content), _read_base)
+    return state_dict, config
+
+
+def _read_base(base: Base, path: Path, grid: Grid | None) -> StateDict:
+    weights = read_weights(path)
+    expected = {name: torch.empty(shape, device="meta") for name, shape in base.shapes.items()}
+    given = {n: t for n, t in weights.state_dict.items() if n in expected or n.startswith(_SHARED)}
+    return adapt(given, expected, LoadReport(str(path)), grid=grid, source_grid=weights.grid)
 
 
 def drop_index_buffers(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict[str, str]]:
@@ -152,7 +221,7 @@ def load_into(
     """
     if isinstance(weights, Weights):
         state_dict, source_grid = weights.state_dict, source_grid or weights.grid
-        report = LoadReport(str(weights.source), str(weights.layout))
+        report = LoadReport(str(weights.source), weights.described, resized=dict(weights.moved))
     else:
         state_dict, report = dict(weights), LoadReport()
     prefix = f"{part}." if part else ""
@@ -165,6 +234,7 @@ def load_into(
         state_dict, expected, report, fresh=fresh, grid=grid, source_grid=source_grid, fixed_positions=fixed_positions
     )
     model.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in adapted.items()}, strict=False)
+    report.resized = {key: text for key, text in report.resized.items() if key not in report.dropped}
     return report
 
 

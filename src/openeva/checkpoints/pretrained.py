@@ -1,0 +1,373 @@
+"""Every official EVA-01, EVA-L and EVA-02 image checkpoint by name: what it is, and where it is found.
+
+name -> `find_entry` -> facts; name or path -> `resolve` -> file: `OPENEVA_WEIGHTS` first, then the hub
+
+A name is the stem of the official file ("eva_21k_1k_336px_psz14_ema_89p6") or timm's `model.tag`
+("eva_giant_patch14_336.m30m_ft_in22k_in1k"), which stands for the same weights in timm's own repository. What no source
+says is None or left out, not guessed.
+
+Source: specs of EVA-01 (sections 1.1, 6 and 7: recipes and published accuracies) and EVA-02 (sections 4.1, 4.6, 4.7 and
+5.3), comments and registry of timm 1.0.31. timm differs in three facts, kept as the official code has them here:
+statistics of the two `m30m` models (timm: ImageNet's), `crop_pct` of EVA-CLIP 224 and of the pre-trained ones (timm:
+0.9), and images that timm squashes into a square for some tags.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from openeva.checkpoints.native import WEIGHTS_FILE
+from openeva.checkpoints.weights import WeightsError, fetch, find_weights, is_file_address
+from openeva.registry import did_you_mean
+
+VARIABLE = "OPENEVA_WEIGHTS"
+"""Environment variable with the folders (separated like PATH) in which files of known weights are looked for first."""
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+EVA, EVA_02 = "BAAI/EVA", "Yuxin-CV/EVA-02"
+OPENAI_L, EVA_CLIP_G = "OpenAI CLIP ViT-L/14", "EVA-CLIP g/14"
+
+Kind = Literal["mim", "in21k", "in1k", "probe", "clip"]
+"""What the weights are: pre-trained; fine-tuned on ImageNet-21K or -1K; a linear probe; a CLIP image tower."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A published accuracy, in percent.
+
+    Attributes:
+        top1: Share of images whose first answer is right.
+        top5: Share of images with the right answer among five; None where it was not published.
+    """
+
+    top1: float
+    top5: float | None = None
+
+
+Published = Mapping[str, Accuracy]
+"""Benchmark -> accuracy. Benchmarks: imagenet_1k, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch,
+objectnet."""
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """What is known about a released weight file.
+
+    Attributes:
+        name: Stem of the official file.
+        kind: What the weights are.
+        variant: Architecture, a name in `VARIANTS` of `backbones/vit.py`.
+        image_size: Pixels of the side.
+        num_parameters: Of the model in the file, its head included, fixed tables excluded; None where not known.
+        data: Data sets, in the order of training.
+        teacher: Whose features masked pre-training predicted.
+        file: Official file within `repository`.
+        repository: On the Hugging Face hub; None where the file is not published.
+        timm: timm's names for the same weights.
+        overrides: Keys of the architecture that differ from the variant.
+        num_classes: Of the classifier; None without one.
+        predict_width: Channels that the pre-training head predicts; None without one.
+        pooling: In front of the classifier; None without one.
+        batch_norm: A batch norm stands in front of the linear layer.
+        averaged: The published accuracy is that of the averaged weights, under `model_ema` where a file has both.
+        published: Accuracies by benchmark, of the official README or log.
+        statistics: Mean and deviation of the input, by name.
+        crop_pct: Share of the resized shorter side that the evaluation crop keeps.
+        interpolation: Of the evaluation.
+        licence: Of the weights.
+    """
+
+    name: str
+    kind: Kind
+    variant: str
+    image_size: int
+    num_parameters: int | None
+    data: str
+    teacher: str
+    file: str
+    repository: str | None = EVA
+    timm: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    predict_width: int | None = None
+    pooling: Literal["mean", "cls"] | None = None
+    batch_norm: bool = False
+    averaged: bool = False
+    published: Published = field(default_factory=dict)
+    statistics: Literal["clip", "imagenet", "half"] = "clip"
+    crop_pct: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    licence: str | None = "MIT"
+
+    @property
+    def source(self) -> str:
+        """Where the file is, for people."""
+        return f"{self.repository}: {self.file}" if self.repository else "not published; give a local file"
+
+    @property
+    def task(self) -> str:
+        """What they can do, for people."""
+        return {
+            "mim": "pre-trained",
+            "in21k": "ImageNet-21K",
+            "in1k": "ImageNet-1K",
+            "probe": "ImageNet-1K, linear probe",
+            "clip": "CLIP image tower",
+        }[self.kind]
+
+
+def _in1k(top1: float, top5: float | None = None, **others: Accuracy) -> dict[str, Accuracy]:
+    return {"imagenet_1k": Accuracy(top1, top5), **others}
+
+
+_ROBUST_G_336 = {
+    "imagenet_v2": Accuracy(81.570, 96.230), "imagenet_real": Accuracy(90.828, 98.683),
+    "imagenet_a": Accuracy(86.154, 96.509), "imagenet_r": Accuracy(88.283, 95.830),
+    "imagenet_sketch": Accuracy(67.724, 87.964), "objectnet": Accuracy(60.907, 82.768),
+}  # fmt: skip
+_ROBUST_L02_M38M = {
+    "imagenet_v2": Accuracy(82.430, 96.360), "imagenet_real": Accuracy(91.075, 98.689),
+    "imagenet_a": Accuracy(87.720, 96.893), "imagenet_r": Accuracy(89.907, 96.957),
+    "imagenet_sketch": Accuracy(70.131, 89.617), "objectnet": Accuracy(62.801, 84.636),
+}  # fmt: skip
+_ROBUST_B02 = {
+    "imagenet_v2": Accuracy(79.8), "imagenet_real": Accuracy(90.8), "imagenet_a": Accuracy(78.1),
+    "imagenet_r": Accuracy(76.8), "imagenet_sketch": Accuracy(57.7), "objectnet": Accuracy(55.3),
+}  # fmt: skip
+
+MERGED_30M, IN21K, IN1K, MERGED_38M = "Merged-30M", "ImageNet-21K", "ImageNet-1K", "Merged-38M"
+LAION = "LAION-400M"
+
+
+def _mim(name: str, variant: str, num_parameters: int, data: str, teacher: str, **facts: Any) -> PretrainedWeights:
+    facts = {"image_size": 224, "file": f"{name}.pt", **facts}
+    return PretrainedWeights(name, "mim", variant, num_parameters=num_parameters, data=data, teacher=teacher, **facts)
+
+
+def _classifier(
+    name: str, variant: str, image_size: int, num_parameters: int, data: str, teacher: str, **facts: Any
+) -> PretrainedWeights:
+    kind: Kind = "in21k" if data.endswith(IN21K) else "in1k"
+    facts = {"file": f"{name}.pt", "kind": kind, "pooling": "mean", **facts}
+    num_classes = 21841 if facts["kind"] == "in21k" else 1000
+    return PretrainedWeights(
+        name, facts.pop("kind"), variant, image_size, num_parameters, data, teacher, num_classes=num_classes, **facts
+    )
+
+
+_EVA_01 = (
+    _mim("eva_psz14", "eva_g_14", 1_012_229_632, MERGED_30M, OPENAI_L, predict_width=768),
+    _mim(
+        "eva_psz14to16", "eva_g_14", 1_012_398_592, MERGED_30M, OPENAI_L,
+        predict_width=768, overrides={"patch_size": 16},
+    ),
+    _classifier(
+        "eva_21k_224px_psz14", "eva_g_14", 224, 1_041_920_081, f"{MERGED_30M}, {IN21K}", OPENAI_L
+    ),
+    _classifier(
+        "eva_21k_1k_336px_psz14_ema_89p6", "eva_g_14", 336, 1_013_005_672, f"{MERGED_30M}, {IN21K}, {IN1K}", OPENAI_L,
+        averaged=True, timm=("eva_giant_patch14_336.m30m_ft_in22k_in1k",),
+        published=_in1k(89.622, 98.930, **_ROBUST_G_336),
+    ),
+    _classifier(
+        "eva_21k_1k_560px_psz14_ema_89p7", "eva_g_14", 560, 1_014_447_464, f"{MERGED_30M}, {IN21K}, {IN1K}", OPENAI_L,
+        averaged=True, timm=("eva_giant_patch14_560.m30m_ft_in22k_in1k",), published=_in1k(89.712, 98.958),
+    ),
+    PretrainedWeights(
+        "eva_clip_psz14_vision_enc", "clip", "eva_g_14", 224, None, f"{MERGED_30M}, {LAION}", OPENAI_L,
+        "eva_clip_psz14_vision_enc.pt", repository=None,
+    ),
+    _classifier(
+        "eva_clip_vis_enc_sz224_ftcls_89p1", "eva_g_14", 224, 1_012_555_112, f"{MERGED_30M}, {LAION}, {IN1K}", OPENAI_L,
+        averaged=True, timm=("eva_giant_patch14_224.clip_ft_in1k",), published=_in1k(89.074, 98.710),
+    ),
+    _classifier(
+        "eva_clip_vis_enc_sz336_ftcls_89p4", "eva_g_14", 336, 1_013_005_672, f"{MERGED_30M}, {LAION}, {IN1K}", OPENAI_L,
+        averaged=True, timm=("eva_giant_patch14_336.clip_ft_in1k",), published=_in1k(89.378, 98.792),
+    ),
+    _classifier(
+        "eva_clip_vis_enc_sz224_lincls_86p5", "eva_g_14", 224, 1_012_555_112, f"{MERGED_30M}, {LAION}, {IN1K}",
+        OPENAI_L, kind="probe", file="eva_clip_vis_enc_sz224_lincls_86p5.pth", pooling="cls", batch_norm=True,
+        published=_in1k(86.462, 98.034),
+    ),
+    _classifier(
+        "eva_clip_vis_enc_sz336_lincls_86p5", "eva_g_14", 336, 1_013_005_672, f"{MERGED_30M}, {LAION}, {IN1K}",
+        OPENAI_L, kind="probe", file="eva_clip_vis_enc_sz336_lincls_86p5.pth", pooling="cls", batch_norm=True,
+        published=_in1k(86.498, 98.026),
+    ),
+    _mim("eva_l_psz14", "eva_l_14", 316_576_768, IN21K, EVA_CLIP_G, predict_width=1024),
+    _classifier("eva_l_psz14_21k_ft", "eva_l_14", 224, 325_565_777, f"{IN21K}, {IN21K}", EVA_CLIP_G),
+    _classifier(
+        "eva_l_psz14_196px_1k_ft_88p0", "eva_l_14", 196, 304_142_312, f"{IN21K}, {IN1K}", EVA_CLIP_G,
+        averaged=True, timm=("eva_large_patch14_196.in22k_ft_in1k",), published=_in1k(88.0, 98.496),
+    ),
+    _classifier(
+        "eva_l_psz14_336px_1k_ft_88p65", "eva_l_14", 336, 304_531_432, f"{IN21K}, {IN1K}", EVA_CLIP_G,
+        averaged=True, timm=("eva_large_patch14_336.in22k_ft_in1k",), published=_in1k(88.65, 98.746),
+    ),
+    _classifier(
+        "eva_l_psz14_196px_21k_to_1k_ft_88p6", "eva_l_14", 196, 304_142_312, f"{IN21K}, {IN21K}, {IN1K}", EVA_CLIP_G,
+        averaged=True, timm=("eva_large_patch14_196.in22k_ft_in22k_in1k",), published=_in1k(88.6, 98.658),
+    ),
+    _classifier(
+        "eva_l_psz14_336px_21k_to_1k_ft_89p2", "eva_l_14", 336, 304_531_432, f"{IN21K}, {IN21K}, {IN1K}", EVA_CLIP_G,
+        averaged=True, timm=("eva_large_patch14_336.in22k_ft_in22k_in1k",), published=_in1k(89.2, 98.854),
+    ),
+)  # fmt: skip
+
+
+def _mim_02(size: str, num_parameters: int, data: str, *, patch: str = "p14", **facts: Any) -> PretrainedWeights:
+    name = f"eva02_{size}_pt_{_SHORT[data]}_{patch}"
+    return _mim(
+        name, f"eva02_{size.lower()}_14", num_parameters, data, EVA_CLIP_G,
+        predict_width=1024, repository=EVA_02, file=f"eva02/pt/{name}.pt",
+        overrides={"patch_size": 16} if patch == "p14to16" else {}, **facts,
+    )  # fmt: skip
+
+
+def _classifier_02(size: str, image_size: int, num_parameters: int, *data: str, **facts: Any) -> PretrainedWeights:
+    tail = {(IN1K,): "ft_in1k", (IN21K,): "medft_in21k", (IN21K, IN1K): "medft_in21k_ft_in1k"}[data[1:]]
+    folder = {"ft_in1k": "in1k", "medft_in21k": "in21k", "medft_in21k_ft_in1k": "in21k_to_in1k"}[tail]
+    name = f"eva02_{size}_pt_{_SHORT[data[0]]}_{tail}_p14"
+    return _classifier(
+        name, f"eva02_{size.lower()}_14", image_size, num_parameters, ", ".join(data), EVA_CLIP_G,
+        repository=EVA_02, file=f"eva02/cls/{folder}/{name}.pt", **facts,
+    )  # fmt: skip
+
+
+_SHORT = {IN21K: "in21k", MERGED_38M: "m38m"}
+_B448, _L448 = "eva02_base_patch14_448", "eva02_large_patch14_448"
+
+_EVA_02 = (
+    _mim_02("Ti", 5_699_968, IN21K, timm=("eva02_tiny_patch14_224.mim_in22k",)),
+    _mim_02("S", 22_015_744, IN21K, timm=("eva02_small_patch14_224.mim_in22k",)),
+    _mim_02("B", 86_546_944, IN21K, timm=("eva02_base_patch14_224.mim_in22k",)),
+    _mim_02("B", 86_639_104, IN21K, patch="p14to16"),
+    _mim_02("L", 304_319_424, IN21K, timm=("eva02_large_patch14_224.mim_in22k",)),
+    _mim_02("L", 304_442_304, IN21K, patch="p14to16"),
+    _mim_02("L", 304_319_424, MERGED_38M, timm=("eva02_large_patch14_224.mim_m38m",)),
+    _mim_02("L", 304_442_304, MERGED_38M, patch="p14to16"),
+    _classifier_02("B", 448, 103_144_273, IN21K, IN21K, timm=(f"{_B448}.mim_in22k_ft_in22k",)),
+    _classifier_02("L", 448, 326_442_257, IN21K, IN21K, timm=(f"{_L448}.mim_in22k_ft_in22k",)),
+    _classifier_02("L", 448, 326_442_257, MERGED_38M, IN21K, timm=(f"{_L448}.mim_m38m_ft_in22k",)),
+    _classifier_02(
+        "Ti", 336, 5_756_584, IN21K, IN1K,
+        timm=("eva02_tiny_patch14_336.mim_in22k_ft_in1k",), published=_in1k(80.714, 95.536),
+    ),
+    _classifier_02(
+        "S", 336, 22_129_000, IN21K, IN1K,
+        timm=("eva02_small_patch14_336.mim_in22k_ft_in1k",), published=_in1k(85.780, 97.598),
+    ),
+    _classifier_02(
+        "B", 448, 87_117_544, IN21K, IN1K, timm=(f"{_B448}.mim_in22k_ft_in1k",), published=_in1k(88.282, 98.528)
+    ),
+    _classifier_02(
+        "L", 448, 305_080_232, IN21K, IN1K,
+        averaged=True, timm=(f"{_L448}.mim_in22k_ft_in1k",), published=_in1k(89.626, 98.954),
+    ),
+    _classifier_02(
+        "L", 448, 305_080_232, MERGED_38M, IN1K,
+        averaged=True, timm=(f"{_L448}.mim_m38m_ft_in1k",), published=_in1k(89.570, 98.924),
+    ),
+    _classifier_02(
+        "B", 448, 87_117_544, IN21K, IN21K, IN1K,
+        averaged=True, timm=(f"{_B448}.mim_in22k_ft_in22k_in1k",), published=_in1k(88.570, 98.650, **_ROBUST_B02),
+    ),
+    _classifier_02(
+        "L", 448, 305_080_232, IN21K, IN21K, IN1K,
+        averaged=True, timm=(f"{_L448}.mim_in22k_ft_in22k_in1k",), published=_in1k(89.904, 98.974),
+    ),
+    _classifier_02(
+        "L", 448, 305_080_232, MERGED_38M, IN21K, IN1K,
+        averaged=True, timm=(f"{_L448}.mim_m38m_ft_in22k_in1k",), published=_in1k(89.974, 99.022, **_ROBUST_L02_M38M),
+    ),
+)  # fmt: skip
+
+PRETRAINED: dict[str, PretrainedWeights] = {entry.name: entry for entry in (*_EVA_01, *_EVA_02)}
+"""All of them, by the stem of the official file."""
+
+TIMM: dict[str, str] = {tag: entry.name for entry in PRETRAINED.values() for tag in entry.timm}
+"""timm's `model.tag` -> name in `PRETRAINED`."""
+
+
+def find_entry(name: str) -> PretrainedWeights | None:
+    """The facts about weights named by an official stem (a file name or path will do) or by timm; None if unknown."""
+    stem = Path(name).name
+    if Path(stem).suffix in SUFFIXES:
+        stem = stem.removesuffix(Path(stem).suffix)
+    return PRETRAINED.get(TIMM.get(stem, stem))
+
+
+def resolve(weights: str) -> Path:
+    """The weight file or openeva model folder that an address stands for; a run's folder stands for the model in it.
+
+    Args:
+        weights: A path; `package:NAME/GLOB`; an official stem or timm's `model.tag`, which is looked for in the folders
+            of `OPENEVA_WEIGHTS` and then on the hub.
+
+    Raises:
+        WeightsError: No such file or name, or neither here nor reachable.
+    """
+    path = Path(weights).expanduser()
+    for folder in (path, path / "model"):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    if path.is_file() or weights.startswith("package:"):
+        return find_weights(weights)
+    known = weights.removesuffix(path.suffix) if path.suffix in SUFFIXES else weights
+    if known in PRETRAINED or known in TIMM:
+        return _find_known(known)
+    if path.is_dir():
+        raise WeightsError(f"weights {weights!r}: the folder holds no {WEIGHTS_FILE} (nor model/{WEIGHTS_FILE})")
+    if is_file_address(weights):
+        return find_weights(weights)
+    raise WeightsError(
+        f"unknown weights {weights!r}{did_you_mean(weights, [*PRETRAINED, *TIMM])}; `openeva list --weights` shows all"
+        " names; a path to a file, a run or a model folder is taken too"
+    )
+
+
+def _find_known(name: str) -> Path:
+    """The file of a name of this table, in the local folders or on the hub."""
+    entry = PRETRAINED[TIMM.get(name, name)]
+    folders = [Path(folder).expanduser() for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise WeightsError(f"{VARIABLE} names folders that do not exist: {', '.join(missing)}")
+    for candidate in _candidates(name, entry, folders):
+        if candidate.is_file() or (candidate / WEIGHTS_FILE).is_file():
+            return candidate
+    repository, file = (f"timm/{name}", WEIGHTS_FILE) if name in TIMM else (entry.repository, entry.file)
+    looked = f"{VARIABLE} ({', '.join(map(str, folders))})" if folders else f"{VARIABLE} (not set)"
+    if repository is None:
+        raise WeightsError(
+            f"weights {name!r} are not published on a hub and not in {looked}; put {entry.file} into a folder and set"
+            f" {VARIABLE} to it, or give its path"
+        )
+
+    def download() -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, file))
+
+    return fetch(
+        download,
+        f"{name} (hub {repository}, {file}; not in {looked})",
+        f"download {file} from {repository} on a machine that reaches it, and set {VARIABLE} to its folder here",
+    )
+
+
+def _candidates(name: str, entry: PretrainedWeights, folders: list[Path]) -> Iterator[Path]:
+    """Places of a file: under the name that was asked for, then under others for the same weights.
+
+    timm's files of pre-trained models lack mask token and head, so they do not stand for the official ones.
+    """
+    others = [entry.name, *(entry.timm if entry.kind != "mim" else ())]
+    for folder in folders:
+        for known in dict.fromkeys([name, *others]):
+            yield folder / known
+            yield from (folder / f"{known}{suffix}" for suffix in SUFFIXES)
+            if known == entry.name:
+                yield folder / entry.file
