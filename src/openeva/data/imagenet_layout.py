@@ -122,9 +122,9 @@ class Listing:
 
 @dataclass
 class Survey:
-    """What was found of a set, for a table; complete where there are no `problems`."""
+    """What was found of a set in `root`, for a table; complete where there are no `problems`."""
 
-    folder: Path | None
+    root: Path
     num_classes: int = 0
     num_images: int = 0
     problems: list[str] = field(default_factory=list)
@@ -142,7 +142,7 @@ def survey(root: Path, set_name: SetName) -> Survey:
     try:
         listing = list_images(root, set_name)
     except LayoutError as error:
-        return Survey(root if root.is_dir() else None, problems=error.problems)
+        return Survey(root, problems=error.problems)
     per_class = Counter(image.labels[0] for image in listing.images)
     num_classes = len(per_class)
     if set_name == "objectnet":  # two of its classes may have the same first label
@@ -153,7 +153,23 @@ def survey(root: Path, set_name: SetName) -> Survey:
     if len(listing.images) != facts.num_images:
         text = f"{facts.title}: {len(listing.images):,} of {facts.num_images:,} images in {listing.folder}"
         problems.append(f"{text}{_uneven(facts, per_class)}; unpack again {facts.archive}")
-    return Survey(listing.folder, num_classes, len(listing.images), problems)
+    return Survey(root, num_classes, len(listing.images), problems)
+
+
+def survey_beneath(path: Path, set_name: SetName) -> Survey:
+    """The same for a set that lies under one of its names in a common folder of all sets."""
+    if not path.is_dir():
+        return Survey(path, problems=[f"{path} does not exist; say where the sets are, and check that it is mounted"])
+    if (root := find_set(path, set_name)) is not None:
+        return survey(root, set_name)
+    facts = FACTS[set_name]
+    here = next((path / name for name in facts.folders if name != "." and (path / name).is_dir()), None)
+    if here is not None:
+        return survey(here, set_name)
+    names = " or ".join(name for name in facts.folders if name != ".")
+    return Survey(
+        path, problems=[f"{facts.title}: no folder {names} in {path}; {_where(set_name)}; get {facts.archive}"]
+    )
 
 
 def check_layout(root: Path, set_name: SetName) -> list[str]:

@@ -6,15 +6,21 @@ A file in this folder holds one evaluation: `class Config(ComponentConfig)` whos
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from openeva.backbones.base import Backbone
-from openeva.data.views import normalise
+from openeva.data.loader import EvalLoader
+from openeva.data.mixture import Mixture
+from openeva.data.sources.base import Source
+from openeva.data.views import CropConfig, ViewSpec, normalise
+from openeva.data.workers import resolve_workers
+from openeva.engine.distributed import sum_over_processes
 
 
 @runtime_checkable
@@ -35,7 +41,7 @@ class Evaluation(Protocol):
 
 
 def needs_of(evaluation: Evaluation) -> frozenset[str]:
-    """What the data must have: "labels", "train" (training images that can be read by number)."""
+    """What it asks for: "labels", "train" (images that can be read by number), "logits" (a task that classifies)."""
     return frozenset(getattr(evaluation, "needs", ()))
 
 
@@ -118,3 +124,83 @@ def once(compute: Callable[[], Result]) -> Result:
         raise box[0]
     result: Result = box[0]
     return result
+
+
+# ------------------------------------------------------------------------------------------------ classification
+
+
+def image_size_of(task: Any, evaluation: str) -> tuple[int, int]:
+    """Rows and columns that a task classifies.
+
+    Raises:
+        ValueError: It does not classify.
+    """
+    if not hasattr(task, "logits"):
+        raise ValueError(
+            f"evaluation {evaluation} needs a task that classifies images, not {type(task).__name__}; remove it from"
+            " `evals`, or use the task classify"
+        )
+    size: tuple[int, int] = task.view_spec(train=False).image_size
+    return size
+
+
+def check_classes(task: Any, num_classes: int, evaluation: str) -> None:
+    """Compare the classes of a task with those of some images.
+
+    Raises:
+        ValueError: Their numbers differ.
+    """
+    if (known := len(task.class_names)) != num_classes:
+        raise ValueError(
+            f"evaluation {evaluation} has images of {num_classes:,} classes, but the model tells {known:,} apart;"
+            " evaluate a model for these classes, or other images"
+        )
+
+
+def source_loader(
+    source: Source, image_size: tuple[int, int], crop: CropConfig, batch_size: int, num_workers: int | Literal["auto"]
+) -> EvalLoader:
+    """This process's share of a source: over all processes each image comes once."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return EvalLoader(
+        Mixture([source], [1.0]), ViewSpec(image_size), crop, batch_size=batch_size, rank=rank, world_size=world_size,
+        num_workers=resolve_workers(num_workers),
+    )  # fmt: skip
+
+
+class Accuracy(NamedTuple):
+    """Counts over all images of all processes; `loss` is their mean cross-entropy with the first label."""
+
+    num_images: int
+    top1: int
+    top5: int
+    loss: float
+
+
+class Tally:
+    """Counts how often one of an image's labels is the first, or among the first five, of a classifier's answers."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, logits_BV: Float[Tensor, "B V"], labels_BL: Int[Tensor, "B L"]) -> None:
+        """Count a batch.
+
+        Args:
+            logits_BV: Answers; with fewer than five classes all of them are among the first five.
+            labels_BL: Labels that count as right, on any device; -1 fills up. Images without any are left out.
+        """
+        logits_BV, labels_BL = logits_BV.float(), labels_BL.to(logits_BV.device, non_blocking=True)
+        counts_B = (labels_BL >= 0).any(1)
+        best_BK = logits_BV.topk(min(5, logits_BV.shape[1])).indices
+        hit_BK = (best_BK[:, :, None] == labels_BL[:, None, :]).any(2)
+        loss_B = F.cross_entropy(logits_BV, labels_BL[:, 0].clamp(min=0), reduction="none")
+        sums_4 = torch.stack([counts_B, hit_BK[:, 0] & counts_B, hit_BK.any(1) & counts_B, loss_B * counts_B]).double()
+        self._sums.append(sums_4.sum(1))  # stays on the device: nobody waits for it
+
+    def result(self) -> Accuracy:
+        """What all processes counted together (collective)."""
+        sums_4 = torch.stack([part.cpu() for part in self._sums]).sum(0) if self._sums else torch.zeros(4).double()
+        num_images, top1, top5, loss = sum_over_processes(sums_4).tolist()
+        return Accuracy(round(num_images), round(top1), round(top5), loss / max(num_images, 1))

@@ -2,12 +2,12 @@
 
 root (`data/imagenet_layout.py` says what lies where) -> images with labels -> `Sample`.
 
-One label per image is the set's own; `labels` has all that count as right: ReaL's reassessed labels, and every
+One label per image is the set's own; `label_set` has all that count as right: ReaL's reassessed labels, and every
 ImageNet class that ObjectNet's class covers. Labels are ImageNet-1K class indices, except in A and R, whose 200 classes
 are numbered in the order of their WordNet ids; `rows` are their indices among the 1000.
 
 Source: spec section 7. The official ObjectNet evaluation counts the first mapped class only and leaves the red border
-on; both are choices here (`labels`, `crop_border`). ReaL goes by file name, not by position.
+on; both are choices here (`label_set`, `crop_border`). ReaL goes by file name, not by position.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import io
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from openeva.config import ConfigError
@@ -79,13 +81,17 @@ class ImageNet:
     def __len__(self) -> int:
         return len(self._images)
 
-    def labels(self, index: int) -> tuple[int, ...]:
+    def label_set(self, index: int) -> tuple[int, ...]:
         """All labels of an image that count as right, the set's own first."""
         return tuple(self._label_of[row] for row in self._images[index].labels)
 
-    def name(self, index: int) -> str:
-        """Path of an image within the set."""
-        return self._images[index].path
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The first label of every image."""
+        return np.array([self._label_of[image.labels[0]] for image in self._images], np.int64)
+
+    def name_of(self, index: int) -> str:
+        """Path of an image."""
+        return str(self._folder / self._images[index].path)
 
     def read(self, index: int) -> Sample:
         """An image with the first of its labels.
@@ -93,10 +99,9 @@ class ImageNet:
         Raises:
             OSError: It has vanished or cannot be read.
         """
-        path = self._folder / self._images[index].path
-        data = path.read_bytes()
+        data = (self._folder / self._images[index].path).read_bytes()
         image = _without_border(data) if self._crop_border else data
-        return Sample(image, str(path), self.labels(index)[0])
+        return Sample(image, self.name_of(index), self.label_set(index)[0])
 
 
 def _without_border(data: bytes) -> Image.Image:

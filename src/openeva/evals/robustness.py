@@ -1,0 +1,334 @@
+"""ImageNet-1K and what remains of it elsewhere: V2, ReaL, A, R, Sketch and ObjectNet, their mean, and the gap to it.
+
+seven sets on disk (`data/imagenet_layout.py`) -> one pass over each kind of pixels -> `task.logits` -> hits per set
+
+Metrics (accuracies are shares): `imagenet_1k_top1`, `..._top5`, `..._loss`, `..._images`, and so on for `imagenet_v2`,
+`imagenet_real`, `imagenet_a`, `imagenet_r`, `imagenet_sketch`, `objectnet` (the first ImageNet class of an ObjectNet
+class) and `objectnet_any` (any of them); `mean` of the six sets 1K, V2, A, R, Sketch and ObjectNet, and `gap` = 1K -
+mean, where all six were measured.
+
+Protocols: "official" does what the official code does: crop_pct 1 and bicubic, but V2 and ObjectNet bilinear at a
+fixed size (336 pixels in EVA-01, 448 in EVA-02), ObjectNet with its red border and counted by the first class.
+"standard" cuts every set as the model's own held-out images, without the border, and counts any class; its metrics are
+named `standard_...`. "both" measures both.
+
+Paper: the gap is that of arXiv 2103.00020, section 3.3, averaged as EVA-CLIP does. Source: spec section 7 and section
+10, items 11 to 13; clip_and_eva02 section 4.6. Differences: every image counts once on however many processes (the
+official sampler pads 7,500, 18,574 and 50,889 images with duplicates), ReaL goes by file name, and the loss is a mean
+over images.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
+
+from openeva.config import ComponentConfig, ConfigError
+from openeva.data.imagenet_classes import wordnet_ids
+from openeva.data.imagenet_layout import FACTS, SETS, SetName, survey, survey_beneath
+from openeva.data.sources.imagenet import Config as ImageNetConfig
+from openeva.data.sources.imagenet import ImageNet
+from openeva.data.views import CropConfig
+from openeva.evals.base import Tally, check_classes, image_size_of, source_loader
+
+Protocol = Literal["official", "standard"]
+
+OFFICIAL_CROP = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
+BILINEAR: tuple[SetName, ...] = ("v2", "objectnet")
+"""PARITY: sets for which the official code has transforms of their own, with a fixed size and another kernel."""
+OFFICIAL_SIZES = {"EVA-01": 336, "EVA-02": 448}
+
+AVERAGED: tuple[SetName, ...] = ("1k", "v2", "a", "r", "sketch", "objectnet")
+PREFIX: dict[Protocol, str] = {"official": "", "standard": "standard_"}
+METRIC: dict[SetName, str] = {name: name if name == "objectnet" else f"imagenet_{name}" for name in SETS}
+"""Names of the sets in metrics, the same as in the table of published accuracies."""
+
+
+class Config(ComponentConfig):
+    """ImageNet-1K and the robustness sets.
+
+    Attributes:
+        roots: The folder that holds all sets, or one folder for each (`openeva data check imagenet` says what is
+            there).
+        sets: Which ones; default: all, or those that `roots` names, and ReaL where 1K is among them.
+        protocol: See the module's text.
+        crop: How "standard" cuts images; default: as the run's held-out images, else as "official" does.
+        official_size: Pixels of V2 and ObjectNet in "official"; default: 336, or 448 for models with rotary positions.
+            Where a model takes its own size only, that is used instead (the official code then takes none).
+        allow_incomplete: Measure on what is there, although images are missing.
+    """
+
+    name: str = "robustness"
+    roots: Path | dict[SetName, Path]
+    sets: list[SetName] | None = None
+    protocol: Protocol | Literal["both"] = "official"
+    crop: CropConfig | None = None
+    official_size: int | None = Field(None, gt=0)
+    batch_size: int = Field(32, gt=0, description="images per forward pass and process")
+    num_workers: int | Literal["auto"] = "auto"
+    allow_incomplete: bool = False
+
+    def build(self) -> "Robustness":
+        """Open the sets.
+
+        Raises:
+            ConfigError: Something is missing on disk; one message per piece.
+        """
+        return Robustness(self, _open_sets(self))
+
+
+def _open_sets(config: Config) -> dict[SetName, Path]:
+    """Where each set lies.
+
+    Raises:
+        ConfigError: What is missing.
+    """
+    given = config.roots if isinstance(config.roots, dict) else dict.fromkeys(SETS, config.roots)
+    if "1k" in given and "real" not in given:
+        given = {**given, "real": given["1k"]}
+    wanted = [name for name in SETS if name in (given if config.sets is None else config.sets)]
+    problems = [f"{FACTS[name].title}: roots has no folder for {name}" for name in wanted if name not in given]
+    found: dict[SetName, Path] = {}
+    for name in wanted:
+        if name not in given:
+            continue
+        root = given[name].expanduser().absolute()
+        missing = survey(root, name) if isinstance(config.roots, dict) else survey_beneath(root, name)
+        if not (config.allow_incomplete and missing.num_images):
+            problems += [problem for problem in missing.problems if problem not in problems]
+        found[name] = missing.root
+    if problems:
+        hint = "" if config.allow_incomplete else " (allow_incomplete=true measures on what is there)"
+        raise ConfigError([*problems, f"see `openeva data check imagenet PATH`{hint}"], "evaluation robustness")
+    return found
+
+
+@dataclass
+class _Pass:
+    """One way through the pixels of a set: what is counted on them, as metric -> labels of each image `[N, L]`."""
+
+    source: ImageNet
+    crop: CropConfig
+    image_size: tuple[int, int]
+    counted: dict[str, Int[Tensor, "N L"]] = field(default_factory=dict)
+
+
+class Robustness:
+    """See the module's text.
+
+    Attributes:
+        roots: Where each set lies.
+    """
+
+    needs = frozenset({"logits"})
+
+    def __init__(self, config: Config, roots: dict[SetName, Path]) -> None:
+        self.config, self.roots = config, roots
+        self._sources: dict[tuple[SetName, bool], ImageNet] = {}
+
+    @torch.no_grad()
+    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+        """Metrics as in the module's text.
+
+        Raises:
+            ValueError: The task does not classify into the 1,000 classes of ImageNet in their usual order.
+        """
+        size = image_size_of(task, self.config.name)
+        check_classes(task, 1000, self.config.name)
+        names = set(task.class_names)
+        if names == set(wordnet_ids()) and list(task.class_names) != list(wordnet_ids()):
+            raise ValueError("the model's classes are not in the order of their WordNet ids, as the sets' labels are")
+        metrics: dict[str, float] = {}
+        for one in self._passes(size, self._official_size(task, size), self._own_crop(loaders)):
+            metrics.update(self._measure(task, one))
+        for protocol in self._protocols:
+            metrics.update(_summary(metrics, protocol))
+        return metrics
+
+    def notes(self, task: Any) -> list[str]:
+        """What a reader of the numbers should know."""
+        size = image_size_of(task, self.config.name)
+        official = self._official_size(task, size)
+        if "official" in self._protocols and official == size and size != (self._wanted(task),) * 2:
+            return [
+                f"V2 and ObjectNet at the model's own {size[0]} x {size[1]} pixels: it takes no other, and the official"
+                f" code, which fixes {self._wanted(task)} there, could not have measured it"
+            ]
+        return []
+
+    @property
+    def _protocols(self) -> tuple[Protocol, ...]:
+        return ("official", "standard") if self.config.protocol == "both" else (self.config.protocol,)
+
+    def _wanted(self, task: Any) -> int:
+        family = "EVA-02" if getattr(task.backbone, "rope", None) is not None else "EVA-01"
+        return self.config.official_size or OFFICIAL_SIZES[family]
+
+    def _official_size(self, task: Any, own: tuple[int, int]) -> tuple[int, int]:
+        return (self._wanted(task),) * 2 if getattr(task.backbone, "dynamic_size", False) else own
+
+    def _own_crop(self, loaders: Mapping[str, Any]) -> CropConfig:
+        """How the run's held-out images are cut."""
+        if self.config.crop is not None:
+            return self.config.crop
+        identity = getattr(loaders.get("val"), "identity", None)
+        return OFFICIAL_CROP if identity is None else CropConfig.model_validate(identity["crop"])
+
+    def _source(self, name: SetName, crop_border: bool = False) -> ImageNet:
+        key = (name, crop_border)
+        if key not in self._sources:
+            self._sources[key] = ImageNetConfig(set=name, root=self.roots[name], crop_border=crop_border).build()
+        return self._sources[key]
+
+    def _passes(self, own: tuple[int, int], official: tuple[int, int], own_crop: CropConfig) -> list[_Pass]:
+        """Every kind of pixels once: ReaL shares those of 1K, and the protocols share what is the same in both."""
+        passes: dict[tuple[Any, ...], _Pass] = {}
+        for protocol in self._protocols:
+            for name in self.roots:
+                crop, size = (OFFICIAL_CROP, own) if protocol == "official" else (own_crop, own)
+                if protocol == "official" and name in BILINEAR:
+                    crop, size = OFFICIAL_CROP.model_copy(update={"interpolation": "bilinear"}), official
+                border = name == "objectnet" and protocol == "standard"
+                shown = "1k" if name == "real" and self.roots.get("1k") == self.roots["real"] else name
+                one = passes.setdefault(
+                    (shown, crop, size, border), _Pass(self._source(shown, border), crop, size)
+                )  # fmt: skip
+                metric = PREFIX[protocol] + METRIC[name]
+                if name == "real":
+                    one.counted[metric] = _by_name(one.source, self._source("real"))
+                else:
+                    one.counted[metric] = _table([one.source.label_set(i)[:1] for i in range(len(one.source))])
+                if name == "objectnet":
+                    one.counted[f"{metric}_any"] = _table([one.source.label_set(i) for i in range(len(one.source))])
+        return list(passes.values())
+
+    def _measure(self, task: Any, one: _Pass) -> dict[str, float]:
+        """All that is counted on the same pixels."""
+        rows = None if one.source.rows is None else list(one.source.rows)
+        device = next(task.parameters()).device
+        tallies = {metric: Tally() for metric in one.counted}
+        config = self.config
+        for batch in source_loader(one.source, one.image_size, one.crop, config.batch_size, config.num_workers):
+            logits_BV = task.logits(batch["image"].to(device, non_blocking=True))
+            logits_BV = logits_BV if rows is None else logits_BV[:, rows]
+            for metric, tally in tallies.items():
+                tally.add(logits_BV, one.counted[metric][batch["index"]])
+        metrics: dict[str, float] = {}
+        for metric, tally in tallies.items():
+            found = tally.result()
+            number = max(found.num_images, 1)
+            metrics |= {f"{metric}_top1": found.top1 / number, f"{metric}_top5": found.top5 / number}
+            metrics |= {f"{metric}_loss": found.loss, f"{metric}_images": float(found.num_images)}
+        return metrics
+
+
+def _table(labels: Sequence[tuple[int, ...]]) -> Int[Tensor, "N L"]:
+    """Labels of every image, filled up with -1."""
+    length = max(map(len, labels))
+    return torch.tensor([[*some, *[-1] * (length - len(some))] for some in labels])
+
+
+def _by_name(shown: ImageNet, labelled: ImageNet) -> Int[Tensor, "N L"]:
+    """Labels of the images of one source by those of another, found by path; -1 where it does not have them."""
+    labels_of = {labelled.name_of(index): labelled.label_set(index) for index in range(len(labelled))}
+    return _table([labels_of.get(shown.name_of(index), (-1,)) for index in range(len(shown))])
+
+
+def _summary(metrics: dict[str, float], protocol: Protocol) -> dict[str, float]:
+    """Mean over the six sets and the gap to it; nothing where one was not measured."""
+    prefix = PREFIX[protocol]
+    of_objectnet = "objectnet" if protocol == "official" else "objectnet_any"
+    keys = [of_objectnet if name == "objectnet" else METRIC[name] for name in AVERAGED]
+    if not all(f"{prefix}{key}_top1" in metrics for key in keys):
+        return {}
+    mean = sum(metrics[f"{prefix}{key}_top1"] for key in keys) / len(keys)
+    return {f"{prefix}mean": mean, f"{prefix}gap": metrics[f"{prefix}imagenet_1k_top1"] - mean}
+
+
+# --------------------------------------------------------------------------------------------- published numbers
+
+TOLERANCE = 0.1
+"""Points of accuracy that a repetition may differ by: 50 of 50,000 images, for another JPEG decoder, resize kernel and
+precision. To it comes what padding may have changed: the official sampler repeated up to 7 images of a set."""
+PROCESSES = 8
+"""Of the official evaluations."""
+
+
+class Comparison(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        title: What was measured.
+        top1: In percent.
+        top5: In percent; None for mean and gap.
+        correct: Images whose first answer is right.
+        images: Images counted.
+        published: In percent, None where nothing is.
+        verdict: Of the comparison, in words.
+    """
+
+    title: str
+    top1: float
+    top5: float | None
+    correct: int | None
+    images: int | None
+    published: float | None
+    verdict: str
+
+
+def compare(metrics: Mapping[str, float], published: Mapping[str, float]) -> list[Comparison]:
+    """The table of a measurement, beside the published accuracies.
+
+    Args:
+        metrics: Of `Robustness.run`.
+        published: Top-1 in percent by set, named as in `METRIC`.
+    """
+    rows = []
+    for prefix in PREFIX.values():
+        for name in SETS:
+            for suffix, what in (("", ""), ("_any", ", any of its classes")):
+                key = f"{prefix}{METRIC[name]}{suffix}"
+                if f"{key}_top1" not in metrics:
+                    continue
+                first = ", its first class" if name == "objectnet" and not suffix else what
+                title = f"{FACTS[name].title}{first}{' (standard)' if prefix else ''}"
+                number = None if suffix or prefix else published.get(METRIC[name])
+                rows.append(_row(metrics, key, title, name, number))
+        if f"{prefix}mean" in metrics:
+            known = [published[METRIC[name]] for name in AVERAGED if METRIC[name] in published]
+            mean = sum(known) / len(known) if len(known) == len(AVERAGED) and not prefix else None
+            gap = None if mean is None else known[0] - mean
+            for key, title, number in (("mean", "mean of six", mean), ("gap", "gap: ImageNet-1K - mean", gap)):
+                value, extra = 100 * metrics[f"{prefix}{key}"], " (standard)" if prefix else ""
+                verdict = "" if number is None else f"{value - number:+.2f}"
+                rows.append(Comparison(title + extra, value, None, None, None, number, verdict))
+    return rows
+
+
+def _row(metrics: Mapping[str, float], key: str, title: str, name: SetName, published: float | None) -> Comparison:
+    images = round(metrics[f"{key}_images"])
+    top1, top5 = 100 * metrics[f"{key}_top1"], 100 * metrics[f"{key}_top5"]
+    correct = round(metrics[f"{key}_top1"] * images)
+    verdict = ""
+    if images != FACTS[name].num_images:
+        verdict = f"{images:,} of {FACTS[name].num_images:,} images: not to be compared"
+    elif published is not None:
+        verdict = judge(top1, published, images)
+    return Comparison(title, top1, top5, correct, images, published, verdict)
+
+
+def judge(top1: float, published: float, images: int) -> str:
+    """Whether an accuracy repeats the published one, both in percent, over so many images.
+
+    The padded images may all have been right or all wrong, so that much is added to `TOLERANCE`.
+    """
+    padded = -images % PROCESSES
+    tolerance = TOLERANCE + 100 * padded / images
+    word = "repeats it" if abs(top1 - published) <= tolerance + 1e-9 else "DIFFERS"
+    note = f"; officially of {images + padded:,} with padding" if padded else ""
+    return f"{top1 - published:+.2f}: {word} (within {tolerance:.2f}{note})"

@@ -1,0 +1,72 @@
+"""Top-1 and top-5 accuracy and cross-entropy of a classifier, on the held-out images or on a source of its own.
+
+image -> `task.logits` -> is the label the first, or among the first five, of the classes?
+
+Source: spec section 7. Differences: every image counts once on however many processes (the official sampler pads with
+duplicates), and the loss is a mean over images, not over batches.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from openeva.config import ComponentConfig
+from openeva.config import Source as SourceField
+from openeva.data.views import CropConfig
+from openeva.evals.base import Tally, check_classes, image_size_of, source_loader
+
+
+class Config(ComponentConfig):
+    """Top-1, top-5 and loss."""
+
+    name: str = "topk"
+    source: SourceField | None = Field(None, description="images to measure on; the held-out ones when left out")
+    crop: CropConfig = Field(
+        CropConfig(kind="center", crop_pct=1.0, hflip=0.0), description="how images of `source` are cut"
+    )
+    prefix: str = Field("", description="of the metrics' names, where several of these stand in one recipe")
+    batch_size: int = Field(32, gt=0, description="images of `source` per forward pass and process")
+    num_workers: int | Literal["auto"] = "auto"
+
+    def build(self) -> "TopK":
+        """Make the evaluation.
+
+        Raises:
+            ConfigError: The source lacks something.
+        """
+        return TopK(self)
+
+
+class TopK:
+    """See the module's text."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._source = None if config.source is None else config.source.build()
+        self.needs = frozenset({"logits"} if self._source is not None else {"logits", "labels"})
+
+    @torch.no_grad()
+    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+        """`{"top1": ..., "top5": ..., "loss": ..., "images": ...}`; accuracies are shares.
+
+        Raises:
+            ValueError: The task does not classify, or not into the classes of the images, or there are no labels.
+        """
+        config, source = self.config, self._source
+        size, rows = image_size_of(task, config.name), getattr(source, "rows", None)
+        if source is not None:
+            check_classes(task, 1000 if rows else source.num_classes, config.name)
+            loaders = {"val": source_loader(source, size, config.crop, config.batch_size, config.num_workers)}
+        if "val" not in loaders:
+            raise ValueError(f"evaluation {config.name} has no images: give it a `source`, or data.val or data.holdout")
+        device, tally = next(task.parameters()).device, Tally()
+        for batch in loaders["val"]:
+            logits_BV = task.logits(batch["image"].to(device, non_blocking=True))
+            tally.add(logits_BV if rows is None else logits_BV[:, list(rows)], batch["label"][:, None])
+        found = tally.result()
+        if not found.num_images:
+            raise ValueError(f"evaluation {config.name} found no images with labels; remove it from `evals`")
+        shares = {"top1": found.top1 / found.num_images, "top5": found.top5 / found.num_images, "loss": found.loss}
+        return {config.prefix + key: value for key, value in {**shares, "images": float(found.num_images)}.items()}
