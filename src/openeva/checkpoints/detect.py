@@ -101,8 +101,8 @@ def unknown_names(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 
 def prediction_width(state_dict: Mapping[str, Tensor]) -> int | None:
-    """V, the width of the teacher features that the prediction head makes; None without such a head."""
-    weight = state_dict.get("head.weight")
+    """V, the width of the teacher features that prediction head or decoder make; None without either."""
+    weight = state_dict.get("head.weight", state_dict.get("decoder.pred.weight"))
     return None if weight is None else weight.shape[0]
 
 

@@ -8,7 +8,7 @@ seeds give equal masks. Paper: BEiT (arXiv 2106.08254), algorithm 1; EVA (arXiv 
 
 import math
 import random
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,10 @@ class BlockMasking(Config):
         max_block: Largest area; None = `num_masked`.
         aspect: Range of height / width.
         tries: Draws per rectangle; when all of them fail the mask is finished.
+        equal_counts: Whether every mask hides the same number of patches, so that encoders can leave them out.
     """
+
+    equal_counts: ClassVar[bool] = False
 
     name: Literal["block"] = "block"
     num_masked: int = Field(gt=0)
@@ -74,7 +77,10 @@ class RandomMasking(Config):
 
     Attributes:
         ratio: Share of masked patches; `floor(N * (1 - ratio))` stay visible.
+        equal_counts: As in `BlockMasking`.
     """
+
+    equal_counts: ClassVar[bool] = True
 
     name: Literal["random"] = "random"
     ratio: float = Field(0.75, gt=0, lt=1)
@@ -86,6 +92,8 @@ class RandomMasking(Config):
 
 class AlternateMasking(Config):
     """Every second patch, always the same: the mask of the validation loss (even flattened indices are masked)."""
+
+    equal_counts: ClassVar[bool] = True
 
     name: Literal["alternate"] = "alternate"
 

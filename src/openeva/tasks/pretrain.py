@@ -1,25 +1,26 @@
 """Masked pre-training: predict the target's vector at every hidden patch from the visible ones.
 
-batch -> student view, hidden patches -> backbone -> linear head at hidden patches -> loss against the target of the
-same crop
+batch -> student view, hidden patches -> student (backbone and prediction head, or decoder) -> predictions at hidden
+patches -> loss against the target of the same crop
 
-Paper: EVA section 2.1. Source: spec sections 1.3, 2.2, 2.3: the loss is a mean over all masked tokens of the batch
-(not per image). MVP, EVA-L and others are this task with another target, masking or backbone.
+Paper: EVA section 2.1. Source: spec sections 1.3, 1.7, 2.2-2.4: the loss is a mean over all masked tokens of the batch
+(not per image), minus the cosine for both kinds of student (the released code of EVA-L lacks the minus sign). MVP,
+EVA-L and others are this task with another target, masking, decoder or backbone.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
-from openeva.backbones.vit import model_path
 from openeva.checkpoints.detect import prediction_width
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.native import model_path
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
 from openeva.config import Target as TargetField
@@ -27,8 +28,13 @@ from openeva.data.masking import AlternateMasking, Masking
 from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import sum_over_processes, unwrap
 from openeva.engine.timing import section
+from openeva.heads.mae_decoder import MaeDecoderConfig, MaeStudent
+from openeva.heads.mim import MimStudent, NoDecoder
 from openeva.targets.base import Target
 from openeva.tasks.base import Batch, Task
+
+Decoder = Annotated[NoDecoder | MaeDecoderConfig, Field(discriminator="name")]
+"""Field type of a recipe: `decoder: {name: mae, width: 512, depth: 4}`."""
 
 
 class Config(ComponentConfig):
@@ -38,10 +44,25 @@ class Config(ComponentConfig):
     backbone: BackboneField = Field(description="the student")
     target: TargetField = Field(description="what a masked patch should predict")
     masking: Masking = Field(description="which patches are hidden")
+    decoder: Decoder = Field(
+        NoDecoder(), description="none: hidden patches are mask tokens of the encoder; mae: it sees visible ones only"
+    )
     init_from: str | None = Field(
         None, description="run, model folder or official MIM file whose weights to start from"
     )
-    init_head: bool = Field(True, description="take over its prediction head too; false for another teacher")
+    init_head: bool = Field(
+        True, description="take over its prediction head or decoder too; false for another teacher or decoder"
+    )
+
+    @model_validator(mode="after")
+    def _counts_are_equal(self) -> "Config":
+        if isinstance(self.decoder, MaeDecoderConfig) and not self.masking.equal_counts:
+            raise ValueError(
+                f"decoder mae leaves hidden patches out, so that each image must have equally many; masking"
+                f" {self.masking.name} does not ensure that: set masking={{name: random, ratio: 0.75}}, or"
+                " decoder={name: none}"
+            )
+        return self
 
     def build(self) -> "PretrainTask":
         """Make student and target.
@@ -53,28 +74,6 @@ class Config(ComponentConfig):
         return PretrainTask(self)
 
 
-class MimStudent(nn.Module):
-    """The part that learns: backbone and linear prediction head."""
-
-    def __init__(self, backbone: Backbone, predict_width: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.width, predict_width)
-        std = getattr(getattr(backbone, "config", None), "init_std", 0.02)
-        nn.init.trunc_normal_(self.head.weight, std=std, a=-std, b=std)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(
-        self,
-        image_BCYX: Float[Tensor, "B C Y X"],
-        mask_BN: Bool[Tensor, "B N"],
-        index_M: Int[Tensor, "M"],
-    ) -> Float[Tensor, "M V"]:
-        """Predictions at the patches `index_M` (of the flattened `[B * N]`) of images whose `mask_BN` is hidden."""
-        patches_BND = self.backbone(image_BCYX, mask_BN).patches
-        return self.head(patches_BND.flatten(0, 1).index_select(0, index_M))
-
-
 class PretrainTask(Task):
     """Student, target and loss of masked pre-training."""
 
@@ -84,14 +83,10 @@ class PretrainTask(Task):
         super().__init__()
         self.config = config
         backbone: Backbone = config.backbone.build()
-        if not hasattr(backbone, "mask_token"):
-            raise ValueError(
-                f"task.backbone: {config.backbone.name} has no mask token and cannot be pre-trained by this task"
-            )
         self.grid = (backbone.image_size[0] // backbone.stride, backbone.image_size[1] // backbone.stride)
         self.masking = config.masking.build(self.grid)
         self.target: Target = config.target.build(self.grid)
-        self.trainable = MimStudent(backbone, self.target.width)
+        self.trainable = config.decoder.build(backbone, self.masking, self.target.width)
         self.load_report: LoadReport | None = None
         if config.init_from is not None:
             self.load_report = self._start_from(config.init_from)
@@ -99,30 +94,47 @@ class PretrainTask(Task):
 
     def _start_from(self, address: str) -> LoadReport:
         weights = read_weights(model_path(address))
-        width = prediction_width(weights.state_dict)
-        if self.config.init_head and width != self.target.width:
+        part, width = self.student.prediction_part, prediction_width(weights.state_dict)
+        if not self.config.init_head:
+            for name in [name for name in weights.state_dict if name.startswith(f"{part}.")]:
+                del weights.state_dict[name]
+            fresh = [part, "backbone.mask_token"]  # the backbone of a student with a decoder has no mask token
+        elif part not in weights.layout.parts:
+            raise ValueError(
+                f"task.init_from {address} has no {part} (only {' and '.join(weights.layout.parts)}), but this run's"
+                f" task.decoder is {self.config.decoder.name}; set task.init_head=false to start with a fresh one"
+            )
+        elif width != self.target.width:
             raise ValueError(
                 f"task.init_from {address} predicts {width} channels, but this run's target has {self.target.width};"
                 " set task.init_head=false to start with a fresh prediction head"
             )
-        if not self.config.init_head:
-            for name in ("head.weight", "head.bias"):
-                weights.state_dict.pop(name, None)
-        return load_into(self.student, weights, fresh=() if self.config.init_head else ("head",), grid=self.grid)
+        else:
+            fresh = ["decoder.pos_embed"]  # a fixed table; where the file's is of another grid, the model has its own
+        return load_into(self.student, weights, fresh=fresh, grid=self.grid)
 
     @property
-    def student(self) -> MimStudent:
+    def student(self) -> MimStudent | MaeStudent:
         """What learns, without the wrapper of data-parallel training."""
-        return cast("MimStudent", unwrap(self.trainable))
+        return cast("MimStudent | MaeStudent", unwrap(self.trainable))
 
     @property
     def backbone(self) -> Backbone:
         """The student's image encoder."""
         return self.student.backbone
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the backbone, and those of a decoder."""
+        return self.student.blocks()
+
     def view_spec(self, *, train: bool) -> ViewSpec:
-        """What the loader should make of each image; held-out data get the alternating mask (spec section 2.4)."""
-        masking = self.masking if train else AlternateMasking().build(self.grid)
+        """What the loader should make of each image.
+
+        Held-out images get the alternating mask where the encoder sees all patches, and masks as in training where it
+        sees the visible ones only (spec section 2.4); each image always the same one.
+        """
+        alternate = not train and isinstance(self.config.decoder, NoDecoder)
+        masking = AlternateMasking().build(self.grid) if alternate else self.masking
         looked_up = train and getattr(self.config.target, "cache", False)  # then nobody looks at the target's view
         return ViewSpec(self._image_size, None if looked_up else self.target.view.image_size, masking)
 
@@ -169,9 +181,8 @@ class PretrainTask(Task):
         return {"held_out_loss": (sum_over_processes(total) / sum_over_processes(count)).item()}
 
     def flops_per_sample(self) -> float:
-        """Three forward passes of the student and its head (at masked patches), one of the teacher."""
-        head = 2.0 * self.masking.max_masked * self.backbone.width * self.target.width
-        return 3 * (self.backbone.flops() + head) + self.target.flops()
+        """Three forward passes of the student (predicting at masked patches), one of the teacher."""
+        return 3 * self.student.flops(self.masking.max_masked) + self.target.flops()
 
     def identity(self) -> dict[str, Any]:
         """A checkpoint continues only with the same target."""
