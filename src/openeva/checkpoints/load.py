@@ -168,8 +168,10 @@ def _norm_back(state_dict: StateDict) -> tuple[StateDict, dict[str, str]]:
 
 
 def read_model(folder: Path) -> tuple[StateDict, dict[str, Any]]:
-    """All weights and the config of an openeva folder: where it holds only what was trained, the others come from the
-    weights that training started from, and adapters are merged.
+    """All weights and the config of an openeva folder.
+
+    Where it holds only what was trained, the others come from the weights that training started from, and adapters are
+    merged.
 
     Raises:
         FileNotFoundError: A file is missing.

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openeva.checkpoints.files import StateDict, read_state_dict, write_atomically
+from openeva.checkpoints.pretrained import MODEL_FILE, resolve
 from openeva.checkpoints.resize import Grid
-from openeva.checkpoints.weights import find_weights
 
 FORMAT = "openeva/1"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = MODEL_FILE
 CONFIG_FILE = "config.json"
 
 _SAVE_ID = "save_id"
@@ -98,15 +98,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def model_path(weights: str) -> Path:
-    """The file or model folder of an address: a run's folder stands for the model in it.
+    """The file or model folder of an address: a path (a run's folder stands for the model in it) or an official name.
 
     Raises:
         WeightsError: Nothing there.
     """
-    for folder in (Path(weights).expanduser(), Path(weights).expanduser() / "model"):
-        if (folder / WEIGHTS_FILE).is_file():
-            return folder
-    return find_weights(weights)
+    return resolve(weights)
 
 
 def native_grid(config: Mapping[str, Any]) -> Grid | None:

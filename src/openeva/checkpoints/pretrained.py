@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from openeva.checkpoints.native import WEIGHTS_FILE
 from openeva.checkpoints.weights import WeightsError, fetch, find_weights, is_file_address
 from openeva.registry import did_you_mean
 
 VARIABLE = "OPENEVA_WEIGHTS"
 """Environment variable with the folders (separated like PATH) in which files of known weights are looked for first."""
+MODEL_FILE = "model.safetensors"
+"""What openeva's model folders and timm's repositories call their weights."""
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 EVA, EVA_02 = "BAAI/EVA", "Yuxin-CV/EVA-02"
@@ -294,10 +295,8 @@ TIMM: dict[str, str] = {tag: entry.name for entry in PRETRAINED.values() for tag
 
 def find_entry(name: str) -> PretrainedWeights | None:
     """The facts about weights named by an official stem (a file name or path will do) or by timm; None if unknown."""
-    stem = Path(name).name
-    if Path(stem).suffix in SUFFIXES:
-        stem = stem.removesuffix(Path(stem).suffix)
-    return PRETRAINED.get(TIMM.get(stem, stem))
+    known = known_name(Path(name).name)
+    return None if known is None else PRETRAINED[TIMM.get(known, known)]
 
 
 def resolve(weights: str) -> Path:
@@ -312,15 +311,14 @@ def resolve(weights: str) -> Path:
     """
     path = Path(weights).expanduser()
     for folder in (path, path / "model"):
-        if (folder / WEIGHTS_FILE).is_file():
+        if (folder / MODEL_FILE).is_file():
             return folder
     if path.is_file() or weights.startswith("package:"):
         return find_weights(weights)
-    known = weights.removesuffix(path.suffix) if path.suffix in SUFFIXES else weights
-    if known in PRETRAINED or known in TIMM:
+    if (known := known_name(weights)) is not None:
         return _find_known(known)
     if path.is_dir():
-        raise WeightsError(f"weights {weights!r}: the folder holds no {WEIGHTS_FILE} (nor model/{WEIGHTS_FILE})")
+        raise WeightsError(f"weights {weights!r}: the folder holds no {MODEL_FILE} (nor model/{MODEL_FILE})")
     if is_file_address(weights):
         return find_weights(weights)
     raise WeightsError(
@@ -331,16 +329,11 @@ def resolve(weights: str) -> Path:
 
 def _find_known(name: str) -> Path:
     """The file of a name of this table, in the local folders or on the hub."""
-    entry = PRETRAINED[TIMM.get(name, name)]
-    folders = [Path(folder).expanduser() for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if missing:
-        raise WeightsError(f"{VARIABLE} names folders that do not exist: {', '.join(missing)}")
-    for candidate in _candidates(name, entry, folders):
-        if candidate.is_file() or (candidate / WEIGHTS_FILE).is_file():
-            return candidate
-    repository, file = (f"timm/{name}", WEIGHTS_FILE) if name in TIMM else (entry.repository, entry.file)
-    looked = f"{VARIABLE} ({', '.join(map(str, folders))})" if folders else f"{VARIABLE} (not set)"
+    found = find_local(name)
+    if found is not None:
+        return found
+    entry, (repository, file) = PRETRAINED[TIMM.get(name, name)], hub_place(name)
+    looked = f"{VARIABLE} ({', '.join(map(str, _folders()))})" if _folders() else f"{VARIABLE} (not set)"
     if repository is None:
         raise WeightsError(
             f"weights {name!r} are not published on a hub and not in {looked}; put {entry.file} into a folder and set"
@@ -352,11 +345,43 @@ def _find_known(name: str) -> Path:
 
         return Path(hf_hub_download(repository, file))
 
+    kept_as = f"{name}{Path(file).suffix}"
     return fetch(
         download,
-        f"{name} (hub {repository}, {file}; not in {looked})",
-        f"download {file} from {repository} on a machine that reaches it, and set {VARIABLE} to its folder here",
+        f"{name} (not in {looked}; hub: {repository}, {file})",
+        f"download {file} from {repository} where that can be reached, put it into a folder here as {kept_as}, and set"
+        f" {VARIABLE} to that folder",
     )
+
+
+def find_local(name: str) -> Path | None:
+    """The file of a name of this table in the folders of `OPENEVA_WEIGHTS`; None where there is none.
+
+    Raises:
+        WeightsError: A folder of `OPENEVA_WEIGHTS` does not exist.
+    """
+    missing = [str(folder) for folder in _folders() if not folder.is_dir()]
+    if missing:
+        raise WeightsError(f"{VARIABLE} names folders that do not exist: {', '.join(missing)}")
+    candidates = _candidates(name, PRETRAINED[TIMM.get(name, name)], _folders())
+    return next((path for path in candidates if path.is_file() or (path / MODEL_FILE).is_file()), None)
+
+
+def hub_place(name: str) -> tuple[str | None, str]:
+    """(repository, file) of a name of this table; no repository where the file is not published."""
+    entry = PRETRAINED[TIMM.get(name, name)]
+    return (f"timm/{name}", MODEL_FILE) if name in TIMM else (entry.repository, entry.file)
+
+
+def known_name(weights: str) -> str | None:
+    """The name in this table that an address stands for (an ending such as ".pt" is ignored); None if there is none."""
+    suffix = Path(weights).suffix
+    name = weights.removesuffix(suffix) if suffix in SUFFIXES else weights
+    return name if name in PRETRAINED or name in TIMM else None
+
+
+def _folders() -> list[Path]:
+    return [Path(folder).expanduser() for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
 
 
 def _candidates(name: str, entry: PretrainedWeights, folders: list[Path]) -> Iterator[Path]:
