@@ -1,10 +1,10 @@
-"""The command line: `openeva demo | train | evaluate | report | convert | config | list | data | doctor`.
+"""The command line: `openeva demo | train | evaluate | report | convert | predict | config | list | data | doctor`.
 
 arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
-Exit status: 0 done (or stopped by SIGTERM with everything saved), 1 a required check of `doctor` failed, 2 the input
-is wrong (one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted by Ctrl-C (training saves
-first).
+Exit status: 0 done (or stopped by SIGTERM with everything saved), 1 a required check of `doctor` failed or
+an image of `predict` was broken, 2 the input is wrong (one message, no traceback; `--debug` or OPENEVA_DEBUG=1 shows
+it), 130 interrupted by Ctrl-C (training saves first).
 """
 
 import os
@@ -255,6 +255,80 @@ def convert(
     say(f"written: {out}")
 
 
+# ------------------------------------------------------------------------------------------------ using a model
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, patterns or URLs.")],
+    weights: Annotated[str, typer.Option(help="Official name, run, model folder or weight file.")],
+    topk: Annotated[int, typer.Option(help="Classes per image.", min=1)] = 5,
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table, a row per class.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File for JSON or CSV, whichever it ends in.", show_default="standard output")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw where the model looks: to a file, or a folder for several images.")
+    ] = None,
+    kind: Annotated[
+        Literal["attention", "relevance"] | None,
+        typer.Option(
+            "--map", help="What the picture shows.", show_default="relevance for mean pooling, else attention"
+        ),
+    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file.")] = None,
+    patches: Annotated[bool, typer.Option("--patches", help="With one vector per patch, for --features.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="With the output of blocks such as 3,6,-1, for --features.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels to look at.", min=1, show_default="the weights' own")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the forward pass.")] = "auto",
+) -> None:
+    """Name what is in images, show where the model looks, write embeddings.
+
+    Broken images are named and skipped; exit status 1 says that there were some.
+    """
+    from openeva.engine.log import counting
+    from openeva.inference import Predictor, find_images, output
+
+    job = output.Job(list(find_images(images)), features, picture, kind, patches=patches, layers=layers or "")
+    written_as = output.format_of(out, json=json, csv=csv)
+    predictor = Predictor(
+        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
+    )
+    failed = 0
+    with counting(Console(stderr=True), "images", len(job.images)) as progress:
+
+        def finished(done: int, broken: str | None) -> None:
+            nonlocal failed
+            if broken is not None:
+                failed += 1
+                say(f"broken image: {broken}", error=True)
+            if progress is not None:
+                progress(done)
+
+        predictions = job.answers(predictor, finished)
+        if written_as is not None:
+            output.write(written_as, predictions, out or sys.stdout)
+        else:
+            rows = output.as_rows(predictions)
+            table = _table("", ["image", "class", "probability"], list(rows))
+    if written_as is None and predictor.classes is not None:
+        stdout().print(table)
+        say(f"class names: {predictor.classes.source}", style="dim")
+    for place in (out, features, picture):
+        if place is not None and failed < len(job.images):
+            say(f"written: {place}", error=written_as is not None)
+    if failed:
+        say(f"{failed} of {len(job.images)} images could not be read", error=True)
+        raise typer.Exit(EXIT_FAILED)
+
+
 # ------------------------------------------------------------------------------------------------ looking around
 
 
@@ -299,7 +373,7 @@ def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> A
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        number = column == "parameters"
+        number = column in {"parameters", "probability"}
         table.add_column(column, style=None, header_style="dim", justify="right" if number else "left", no_wrap=number)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -1,0 +1,195 @@
+"""Anybody's images: paths, folders, patterns, URLs, Pillow images, arrays and tensors, one after the other.
+
+whatever was given -> `find_images` -> `FoundImage`s (a name, and how to read the pixels later, in a worker thread)
+"""
+
+import glob
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from openeva.data.decode import RGB, decode, to_rgb
+from openeva.data.file_index import IMAGE_EXTENSIONS, printable, scan
+
+TIMEOUT_SECONDS = 20.0
+"""How long a server may stay silent."""
+MAX_DOWNLOAD_BYTES = 256 * 2**20
+"""Larger answers are refused: no photograph is that large."""
+
+
+class ImageError(OSError):
+    """An image that cannot be used; the message starts with its name."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}")
+        self.source, self.reason = source, reason
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An image that can be read.
+
+    Attributes:
+        source: Path, URL, or "image 3" for one from memory.
+        open: Reads it; may raise anything that a broken file can cause.
+    """
+
+    source: str
+    open: Callable[[], RGB]
+
+    def read(self) -> RGB:
+        """RGB pixels, uint8 `[Y, X, 3]`.
+
+        Raises:
+            ImageError: It cannot be fetched or is not an image.
+        """
+        try:
+            return self.open()
+        except ImageError:
+            raise
+        except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
+            raise ImageError(self.source, _reason(error)) from error
+
+
+ImageInput = str | Path | Image.Image | NDArray[Any] | Tensor | FoundImage
+"""One image, or an address that stands for one or many (folder, pattern)."""
+
+_ONE = (str, Path, Image.Image, np.ndarray, Tensor, FoundImage)
+
+
+def find_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[FoundImage]:
+    """The images that an input stands for, in its order; folders and patterns sorted.
+
+    A list is checked as a whole before the first image is read; any other iterable is consumed as it goes, so that it
+    may be endless.
+
+    Args:
+        images: A path, a folder (searched at any depth), a pattern (`photos/**/*.jpg`), an http(s) URL, a Pillow image,
+            an array `[Y, X]`, `[Y, X, 1 | 3 | 4]` or a tensor `[3, Y, X]` (bytes, or floats in 0..1), a batch of such,
+            or an iterable of all these.
+
+    Raises:
+        ValueError: An address leads to no image; the message names all such addresses of a list.
+    """
+    items: Iterable[ImageInput] = [images] if isinstance(images, _ONE) else images
+    if isinstance(items, list | tuple):
+        found = [_found_at(item) if isinstance(item, str | Path) else None for item in items]
+        problems = [problem for problem in found if isinstance(problem, str)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return _in_order(items, found)
+    return _in_order(items, None)
+
+
+def _in_order(items: Iterable[ImageInput], found: "list[list[FoundImage] | str | None] | None") -> Iterator[FoundImage]:
+    number = 0
+    for position, item in enumerate(items):
+        if isinstance(item, str | Path):
+            here = found[position] if found is not None else _found_at(item)
+            if isinstance(here, str):
+                raise ValueError(here)
+            yield from here or ()
+        elif isinstance(item, FoundImage):
+            yield item
+        else:
+            for image in _single(item):
+                number += 1
+                yield FoundImage(getattr(image, "filename", "") or f"image {number}", partial(to_pixels, image))
+
+
+def _single(item: Any) -> Iterator[Any]:
+    """The images of a batch, or the one image."""
+    if isinstance(item, np.ndarray | Tensor) and item.ndim == 4:
+        yield from item
+    else:
+        yield item
+
+
+def _found_at(address: str | Path) -> list[FoundImage] | str:
+    """The images at an address, or what is wrong with it."""
+    text = str(address)
+    if text.startswith(("http://", "https://")):
+        return [FoundImage(text, partial(_read_url, text))]
+    if "://" in text:
+        return f"{text}: only http and https addresses are fetched"
+    path = Path(text).expanduser()
+    if path.is_dir():
+        files = [folder.path + b"/" + name for folder in scan(path, IMAGE_EXTENSIONS) for name in folder.names]
+        return [_file(file) for file in files] or f"{text}: no images in this folder ({', '.join(IMAGE_EXTENSIONS)})"
+    if path.exists():
+        return [_file(os.fsencode(path))]
+    if glob.has_magic(text):
+        suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+        hits = sorted(hit for hit in glob.glob(str(path), recursive=True) if hit.lower().endswith(suffixes))  # noqa: PTH207
+        return [_file(os.fsencode(hit)) for hit in hits] or f"{text}: no image fits this pattern"
+    return f"{text}: no such file or folder"
+
+
+def _file(path: bytes) -> FoundImage:
+    return FoundImage(printable(path), lambda: decode(Path(os.fsdecode(path)).read_bytes()))
+
+
+def _read_url(url: str) -> RGB:
+    from openeva import __version__
+
+    request = urllib.request.Request(url, headers={"User-Agent": f"openeva/{__version__}", "Accept": "image/*"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            kind = answer.headers.get_content_type()
+            data: bytes = answer.read(MAX_DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ImageError(url, f"the server answers {error.code} {error.reason}") from None
+    except TimeoutError:
+        raise ImageError(url, f"no answer within {TIMEOUT_SECONDS:g} seconds") from None
+    except urllib.error.URLError as error:
+        raise ImageError(url, f"cannot be reached ({error.reason})") from None
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ImageError(url, f"larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB")
+    try:
+        return decode(data)
+    except OSError as error:
+        raise ImageError(url, f"{error} (the server calls it {kind})") from None
+
+
+def to_pixels(image: Image.Image | NDArray[Any] | Tensor) -> RGB:
+    """RGB pixels of an image in memory.
+
+    Raises:
+        ValueError: An array of another shape, or with values that are neither bytes nor in 0..1.
+        TypeError: Not an image at all.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in {1, 3, 4} else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"{type(image).__name__} is no image; give a path, URL, Pillow image, array or tensor")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] not in {3, 4}) or 0 in image.shape:
+        raise ValueError(f"shape {tuple(image.shape)} is no image; give [Y, X], [Y, X, 3] or a tensor [3, Y, X]")
+    if image.dtype != np.uint8:
+        if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"{image.dtype} values must be floats in 0..1 or bytes (uint8), not normalised: that is done here"
+            )
+        image = np.rint(image * 255).astype(np.uint8)
+    return to_rgb(Image.fromarray(np.ascontiguousarray(image)))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,174 @@
+"""Predictions for people and for programs, and the files that go with them.
+
+images -> `Job.answers` (features and pictures written on the way) -> table, JSON or CSV, row by row
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from openeva.checkpoints.files import write_atomically
+from openeva.heads.classifier import ImageClassifier
+from openeva.inference.embeddings import check_suffix, writing
+from openeva.inference.inputs import FoundImage
+from openeva.inference.maps import MapKind, natural_map
+from openeva.inference.picture import draw, free_name, is_picture_file
+from openeva.inference.predictor import Prediction, Predictor, Wanted
+
+Format = Literal["json", "csv"]
+CSV_COLUMNS = ("image", "rank", "class", "name", "probability", "error")
+
+
+Finished = Callable[[int, str | None], None]
+"""Called after every image with the number done and, where it was broken, its name and why."""
+
+
+class Job:
+    """What to do with images: checked before any work, then done image by image.
+
+    Args:
+        images: What to answer for.
+        features: `.npz` or `.parquet` file for embeddings.
+        picture: A picture's file, or a folder for one picture per image.
+        kind: What pictures show; default: what suits the model.
+        patches: Embeddings with one vector per patch.
+        layers: Embeddings with the output of these blocks, numbers with commas between them.
+
+    Raises:
+        ValueError: A file name of an unknown kind, one picture file for several images, or an option without the one
+            that it belongs to.
+        ImportError: A package that writes the file is missing.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[FoundImage],
+        features: Path | None = None,
+        picture: Path | None = None,
+        kind: MapKind | None = None,
+        *,
+        patches: bool = False,
+        layers: str = "",
+    ) -> None:
+        self.images, self.features, self.picture, self.kind = images, features, picture, kind
+        self.patches, self.layers = patches, _numbers(layers)
+        if features is None and (patches or layers):
+            raise ValueError("--patches and --layers say what --features holds; give --features FILE too")
+        if picture is None and kind is not None:
+            raise ValueError("--map says what a picture shows; give --picture FILE or FOLDER too")
+        if features is not None:
+            check_suffix(features)
+        if picture is not None and is_picture_file(picture) and len(images) > 1:
+            raise ValueError(f"--picture {picture} is one file, but there are {len(images)} images; give a folder")
+
+    def answers(self, predictor: Predictor, finished: Finished) -> Iterator[Prediction]:
+        """Predictions as they come; features and pictures are written on the way.
+
+        Raises:
+            ValueError: The model cannot give what is wanted.
+        """
+        taken: set[str] = set()
+        with nullcontext() if self.features is None else writing(self.features) as writer:
+            for done, prediction in enumerate(predictor(self.images, self._wanted(predictor)), start=1):
+                if writer is not None and prediction.embedding is not None:
+                    writer.add(prediction.source, prediction.embedding)
+                if self.picture is not None and prediction.heat is not None:
+                    single = is_picture_file(self.picture)
+                    draw(prediction, self.picture if single else free_name(self.picture, prediction.source, taken))
+                broken = prediction.error
+                finished(done, broken and f"{prediction.source}: {broken}")
+                yield prediction
+
+    def _wanted(self, predictor: Predictor) -> Wanted:
+        map_ = None
+        if self.picture is not None and isinstance(predictor.model, ImageClassifier):
+            map_ = self.kind or natural_map(predictor.model)
+        elif self.picture is not None:
+            raise ValueError("a picture explains a class, but these weights have no classifier; leave out --picture")
+        return Wanted(self.features is not None, self.patches, self.layers, map_)
+
+
+def format_of(out: Path | None, *, json: bool, csv: bool) -> Format | None:
+    """JSON or CSV by what was asked for, or by the ending of the file; None = neither.
+
+    Raises:
+        ValueError: Both, or a file whose kind cannot be told.
+    """
+    if json and csv:
+        raise ValueError("--json and --csv exclude each other")
+    if json or csv:
+        return "json" if json else "csv"
+    if out is None:
+        return None
+    if (ending := out.suffix.lstrip(".")) not in FORMATS:
+        raise ValueError(f"--out {out} must end in .json or .csv, or give --json or --csv")
+    return "json" if ending == "json" else "csv"
+
+
+def write(format_: Format, predictions: Iterable[Prediction], place: Path | TextIO) -> None:
+    """Write predictions to a file, which appears whole at the end, or to a stream as they come."""
+    pieces = FORMATS[format_](predictions)
+    if isinstance(place, Path):
+        write_atomically(place, lambda file: _write_pieces(file, pieces))
+    else:
+        place.writelines(pieces)
+
+
+def _write_pieces(file: Path, pieces: Iterable[str]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(pieces)
+
+
+def as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """A JSON list, piece by piece."""
+    before = "[\n  "
+    for prediction in predictions:
+        yield before + json.dumps(_record(prediction), ensure_ascii=False)
+        before = ",\n  "
+    yield "[]\n" if before.startswith("[") else "\n]\n"
+
+
+def as_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """CSV with a header, a row per guess; a broken image has one row with its error."""
+    yield _csv_row(CSV_COLUMNS)
+    for prediction in predictions:
+        if prediction.error is not None:
+            yield _csv_row((prediction.source, "", "", "", "", prediction.error))
+        for rank, guess in enumerate(prediction.top, start=1):
+            yield _csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", ""))
+
+
+def as_rows(predictions: Iterable[Prediction]) -> Iterator[tuple[str, str, str]]:
+    """Rows (image, class, probability) of a table; the image stands in its first row only."""
+    for prediction in predictions:
+        for rank, guess in enumerate(prediction.top):
+            yield prediction.source if rank == 0 else "", guess.name, f"{guess.probability:.1%}"
+
+
+FORMATS = {"json": as_json, "csv": as_csv}
+
+
+def _record(prediction: Prediction) -> dict[str, Any]:
+    if prediction.error is not None:
+        return {"image": prediction.source, "error": prediction.error}
+    top = [{"class": g.index, "name": g.name, "probability": round(g.probability, 6)} for g in prediction.top]
+    return {"image": prediction.source, "top": top}
+
+
+def _csv_row(values: Sequence[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(
+            f"--layers {text}: numbers of blocks with commas between them are needed, such as 3,6,-1"
+        ) from None

@@ -1,0 +1,373 @@
+"""A model that answers for anybody's images: read and cut in threads, answered in batches, one result per image.
+
+images -> `find_images` -> pixels (threads) -> the model's own evaluation view -> batch -> logits and features ->
+`Prediction`s in the order of the images
+
+Source: spec section 7: images are seen as in the official evaluation of these weights (`transforms_for`).
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from openeva.backbones.base import Backbone, Features
+from openeva.checkpoints.native import CONFIG_FILE, model_path
+from openeva.checkpoints.weights import WeightsError
+from openeva.data.views import Crop, CropConfig, normalise
+from openeva.engine.distributed import start
+from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
+from openeva.heads.classifier import ImageClassifier
+from openeva.inference.classes import ClassNames, class_names
+from openeva.inference.inputs import FoundImage, ImageError, ImageInput, find_images
+from openeva.inference.maps import MAPS, MapKind
+from openeva.models import load_checkpoint
+
+Weights = str | Path | ImageClassifier | Backbone
+"""What to answer with: official name, run, model folder or file; or a model that is there already."""
+
+BATCH_SIZE = 32
+TOPK = 5
+READ_AHEAD_BATCHES = 2
+"""Images that are read while the model is busy."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class and how probable the model finds it (softmax over all classes)."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Features of one image, float32.
+
+    Attributes:
+        pooled: What the classifier sees, or the backbone's pooled vector where there is no classifier, `[D]`.
+        patches: Last layer, `[N, D]` in raster order; None where not asked for.
+        layers: By number of the block, from 0: its output before the final norm, `[N, D]`, or the mean over patches
+            `[D]` where patches were not asked for.
+        grid: Rows and columns of patches.
+    """
+
+    pooled: NDArray[np.float32]
+    patches: NDArray[np.float32] | None
+    layers: dict[int, NDArray[np.float32]]
+    grid: tuple[int, int]
+
+
+class HeatMap(NamedTuple):
+    """One number per patch `[y, x]`, not below 0, and what it means."""
+
+    values: NDArray[np.float32]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one image.
+
+    Attributes:
+        source: Path, URL, or "image 3" for one from memory.
+        top: Most probable classes first; empty where the image is broken or the model has no classifier.
+        error: Why there is no answer; None where there is one.
+        embedding: Features, where asked for.
+        view: The pixels that the model saw, uint8 `[Y, X, 3]`, where a map was asked for.
+        heat: The map that was asked for.
+    """
+
+    source: str
+    top: tuple[Guess, ...] = ()
+    error: str | None = None
+    embedding: Embedding | None = field(default=None, repr=False)
+    view: NDArray[np.uint8] | None = field(default=None, repr=False)
+    heat: HeatMap | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find out beside the classes.
+
+    Attributes:
+        embedding: Features too.
+        patches: With one vector per patch.
+        layers: Blocks whose output (before the final norm) to return too, from 0; negative ones count from the end.
+        map: Where the model looks.
+    """
+
+    embedding: bool = False
+    patches: bool = False
+    layers: tuple[int, ...] = ()
+    map: MapKind | None = None
+
+
+class Predictor:
+    """A loaded model, ready for any number of calls.
+
+    Args:
+        weights: Official name, run, model folder or file; or a model (put into evaluation mode and moved).
+        topk: Classes to return per image.
+        batch_size: Images per forward pass.
+        device: "auto", "cpu", "cuda", ...
+        precision: Of the backbone; "auto" is bf16 where the hardware multiplies it natively. The classifier itself and
+            all results are fp32.
+        image_size: Pixels of the side (or rows and columns) to look at; positions are resized. Default: the weights'.
+
+    Raises:
+        ConfigError: The weights are unknown or out of reach.
+        ValueError: They do not fit, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        topk: int = TOPK,
+        batch_size: int = BATCH_SIZE,
+        device: str = "auto",
+        precision: PrecisionName = "auto",
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        if topk < 1 or batch_size < 1:
+            raise ValueError(f"topk {topk} and batch_size {batch_size} must be at least 1")
+        self.batch_size = batch_size
+        self.device = start(device).device
+        self.precision = resolve_precision(precision, self.device)
+        model, config = load_model(weights, image_size)
+        self.model = model.to(self.device).eval()
+        self.backbone = backbone_of(model)
+        self.crop = evaluation_crop(model)
+        self.classes: ClassNames | None = None
+        if isinstance(model, ImageClassifier):
+            self.classes = class_names(model.num_classes, config)
+        self.topk = topk
+
+    def __call__(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        wanted: Wanted = Wanted(),
+    ) -> Iterator[Prediction]:
+        """Answer for images in their order; a broken one gets an `error`.
+
+        Raises:
+            ValueError: An address leads nowhere, or the model cannot give what is wanted; before the first image is
+                read where the images are a list.
+        """
+        wanted = self._checked(wanted)
+        return self._answers(find_images(images), wanted)
+
+    def _checked(self, wanted: Wanted) -> Wanted:
+        if self.classes is None and (wanted.map or not wanted.embedding):
+            raise ValueError(
+                "these weights have no classifier, so they name no classes; ask for features, fine-tune them "
+                "(`openeva list --recipes`), or give weights that were fine-tuned"
+            )
+        depth = self.backbone.num_layers
+        bad = [layer for layer in wanted.layers if not -depth <= layer < depth]
+        if bad:
+            raise ValueError(f"layers {bad}: the model has blocks 0 to {depth - 1} (or -{depth} to -1)")
+        return replace(wanted, layers=tuple(dict.fromkeys(layer % depth for layer in wanted.layers)))
+
+    def _answers(self, found: Iterable[FoundImage], wanted: Wanted) -> Iterator[Prediction]:
+        for batch in self._batches(found):
+            good = [view for _, view in batch if isinstance(view, Tensor)]
+            answers = iter(self._answer(torch.stack(good), wanted) if good else ())
+            for image, view in batch:
+                if isinstance(view, Tensor):
+                    yield replace(next(answers), source=image.source)
+                else:
+                    yield Prediction(image.source, error=view.reason)
+
+    def _batches(
+        self, found: Iterable[FoundImage]
+    ) -> Iterator[list[tuple[FoundImage, UInt8[Tensor, "3 Y X"] | ImageError]]]:
+        workers = max(1, min(16, os.cpu_count() or 1))
+        waiting: deque[tuple[FoundImage, Future[Tensor | ImageError]]] = deque()
+        with ThreadPoolExecutor(workers, thread_name_prefix="openeva-read") as pool:
+            try:
+                for image in found:
+                    waiting.append((image, pool.submit(self._view, image)))
+                    if len(waiting) >= READ_AHEAD_BATCHES * self.batch_size:
+                        yield [_done(waiting.popleft()) for _ in range(self.batch_size)]
+                while waiting:
+                    yield [_done(waiting.popleft()) for _ in range(min(self.batch_size, len(waiting)))]
+            finally:  # the caller stopped early: nothing more is read for nobody
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _view(self, image: FoundImage) -> UInt8[Tensor, "3 Y X"] | ImageError:
+        try:
+            pixels_YXC = image.read()
+        except ImageError as error:
+            return error
+        rows, columns = pixels_YXC.shape[:2]
+        return self.crop.cut(pixels_YXC, Crop(0, 0, rows, columns, flip=False), self.backbone.image_size)
+
+    def _answer(self, view_BCYX: UInt8[Tensor, "B 3 Y X"], wanted: Wanted) -> list[Prediction]:
+        statistics = self.backbone.normalisation
+        image_BCYX = normalise(view_BCYX.to(self.device), statistics.mean, statistics.std)
+        with torch.no_grad(), self._autocast(), _features_of(self.backbone, wanted.layers) as seen:
+            classifier = self.model if isinstance(self.model, ImageClassifier) else None
+            pooled_BD = self.model(image_BCYX).pooled if classifier is None else classifier.pool(image_BCYX)
+        pooled_BD = pooled_BD.float()
+        results = [Prediction("") for _ in range(len(view_BCYX))]
+        top_BK = None
+        if classifier is not None:
+            with torch.no_grad():
+                probability_BV = classifier.classifier(pooled_BD).softmax(dim=-1)
+            top_BK = probability_BV.topk(min(self.topk, probability_BV.shape[1]))
+            results = [replace(r, top=g) for r, g in zip(results, self._guesses(*top_BK), strict=True)]
+        if wanted.embedding:
+            embeddings = _embeddings(pooled_BD, seen[0], wanted)
+            results = [replace(r, embedding=e) for r, e in zip(results, embeddings, strict=True)]
+        if wanted.map and classifier is not None and top_BK is not None:
+            with self._autocast():
+                maps = MAPS[wanted.map](classifier, image_BCYX, top_BK.indices[:, 0])
+            results = [
+                replace(r, view=view.permute(1, 2, 0).numpy(), heat=HeatMap(heat, maps.meaning))
+                for r, view, heat in zip(results, view_BCYX, maps.values.float().cpu().numpy(), strict=True)
+            ]
+        return results
+
+    def _guesses(self, probability_BK: Tensor, index_BK: Tensor) -> Iterator[tuple[Guess, ...]]:
+        assert self.classes is not None
+        for probabilities, indices in zip(probability_BK.tolist(), index_BK.tolist(), strict=True):
+            yield tuple(Guess(i, self.classes.names[i], p) for i, p in zip(indices, probabilities, strict=True))
+
+    def _autocast(self) -> Any:
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def predict(
+    images: ImageInput | Iterable[ImageInput],
+    *,
+    weights: Weights,
+    topk: int = TOPK,
+    batch_size: int = BATCH_SIZE,
+    device: str = "auto",
+    precision: PrecisionName = "auto",
+    image_size: int | tuple[int, int] | None = None,
+    on_error: Literal["raise", "return"] = "raise",
+) -> list[Prediction]:
+    """Name what is in images.
+
+    For many calls with one model, or results one by one, make a `Predictor`.
+
+    Args:
+        images: Paths, folders, patterns, URLs, Pillow images, arrays, tensors, or any iterable of them.
+        weights: See `Predictor`, as are all others.
+        topk: Classes to return per image.
+        batch_size: Images per forward pass.
+        device: "auto", "cpu", "cuda", ...
+        precision: Of the backbone.
+        image_size: Pixels to look at.
+        on_error: What a broken image does: "raise", or "return" a `Prediction` with `error`.
+
+    Raises:
+        ImageError: An image is broken and `on_error` is "raise".
+        ConfigError: The weights are unknown or out of reach.
+        ValueError: No such images, or weights without a classifier.
+    """
+    predictor = Predictor(
+        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
+    )
+    return list(checked(predictor(images), on_error))
+
+
+def checked(predictions: Iterable[Prediction], on_error: Literal["raise", "return"]) -> Iterator[Prediction]:
+    """The predictions; with "raise", the first broken image is an error.
+
+    Raises:
+        ImageError: See above.
+    """
+    for prediction in predictions:
+        if prediction.error is not None and on_error == "raise":
+            raise ImageError(prediction.source, prediction.error)
+        yield prediction
+
+
+def load_model(
+    weights: Weights, image_size: int | tuple[int, int] | None = None
+) -> tuple[ImageClassifier | Backbone, dict[str, Any]]:
+    """A model and the config that was stored with its weights (empty where there is none)."""
+    if isinstance(weights, nn.Module):
+        if image_size is not None:
+            raise ValueError("image_size is for weights that are loaded here; build the model with it instead")
+        return weights, {}
+    overrides = {} if image_size is None else {"image_size": image_size}
+    return load_checkpoint(str(weights), **overrides), _config_of(str(weights))
+
+
+def _config_of(weights: str) -> dict[str, Any]:
+    """What openeva wrote beside weights of its own; empty for weights from elsewhere."""
+    path = resolve(weights) / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone of a classifier, or the model itself where it is one."""
+    backbone = model.backbone if isinstance(model, ImageClassifier) else model
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f"{type(model).__name__} is neither an ImageClassifier nor a Backbone")
+    return backbone
+
+
+def evaluation_crop(model: nn.Module) -> CropConfig:
+    """How images are cut for a model in evaluation."""
+    return CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
+
+
+@contextmanager
+def _features_of(backbone: Backbone, layers: tuple[int, ...]) -> Iterator[list[Features]]:
+    """Collect what a backbone returns inside a larger model, with some of its layers."""
+    seen: list[Features] = []
+
+    def ask(_module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {**options, "layers": layers} if layers else options
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(lambda _m, _i, output: seen.append(output)),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _embeddings(pooled_BD: Float[Tensor, "B D"], features: Features, wanted: Wanted) -> Iterator[Embedding]:
+    def on_cpu(tensor: Tensor) -> NDArray[np.float32]:
+        return tensor.float().cpu().numpy()
+
+    pooled = on_cpu(pooled_BD)
+    patches = on_cpu(features.patches) if wanted.patches else None
+    layers = {}
+    for layer in wanted.layers:
+        tokens_BND = features.pyramid[layer].flatten(2).transpose(1, 2)
+        layers[layer] = on_cpu(tokens_BND if wanted.patches else tokens_BND.float().mean(dim=1))
+    for i in range(len(pooled)):
+        yield Embedding(
+            pooled[i],
+            None if patches is None else patches[i],
+            {layer: values[i] for layer, values in layers.items()},
+            features.grid,
+        )
+
+
+def _done(item: tuple[FoundImage, "Future[Tensor | ImageError]"]) -> tuple[FoundImage, Tensor | ImageError]:
+    return item[0], item[1].result()
