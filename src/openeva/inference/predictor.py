@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone, Features
-from openeva.checkpoints.native import CONFIG_FILE, model_path
-from openeva.checkpoints.weights import WeightsError
+from openeva.checkpoints.native import CONFIG_FILE
 from openeva.data.views import Crop, CropConfig, normalise
 from openeva.engine.distributed import start
 from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
