@@ -5,15 +5,16 @@ tasks/pretrain.py -> backbones/vit.py -> targets/features.py -> loss.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from rich.console import Console
 
 from openeva.checkpoints.load import LoadReport
-from openeva.checkpoints.native import save_native
+from openeva.checkpoints.native import CONFIG_FILE, is_complete, save_native
 from openeva.config import Config, ConfigError, Duration, Eval, dump_yaml
 from openeva.config import Task as TaskField
 from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
@@ -27,7 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, build_optimizer
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
-from openeva.evals.base import Evaluation, needs_of, shared_features
+from openeva.evals.base import Evaluation, needs_of, once, shared_features
 from openeva.tasks.base import Task, TaskConfig
 
 
@@ -57,6 +58,9 @@ class RunConfig(Config):
     keep_every: Duration = Field(
         Duration(0, "steps"), description="also keep the first one after each such stretch; 0 for none"
     )
+    keep_best: str | None = Field(
+        None, description="held-out metric, such as top1 or ema_top1: the weights where it was best stay in model_best"
+    )
     max_bad_in_a_row: int = Field(20, gt=0, description="non-finite steps before returning to the last checkpoint")
     max_rewinds: int = Field(3, ge=0, description="such returns in the whole run before it gives up")
     eval_train_limit: int = Field(20_000, gt=0, description="training images that evaluations may look at")
@@ -85,12 +89,24 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _best_needs_a_metric(self) -> "Recipe":
+        wanted = self.run.keep_best
+        if wanted and not ((self.data.val or self.data.holdout) and self.run.evaluate_every.value):
+            raise ValueError("run.keep_best goes by held-out images: give data.val or data.holdout, and evaluate_every")
+        if wanted and wanted.startswith("ema_") and self.optim.ema is None:
+            raise ValueError(
+                f"run.keep_best {wanted} is a metric of the averaged weights: set optim.ema, such as 0.9999"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cache_needs_fixed_crops(self) -> "Recipe":
         target = getattr(self.task, "target", None)
-        if getattr(target, "cache", False) and (self.data.crop.kind != "center" or self.data.crop.color_jitter):
+        crop = self.data.crop
+        if getattr(target, "cache", False) and (crop.kind != "center" or crop.color_jitter or crop.randaugment):
             raise ValueError(
-                "task.target.cache keeps the features of fixed crops: set data.crop.kind=center and no color_jitter, or"
-                " task.target.cache=false"
+                "task.target.cache keeps the features of fixed crops: set data.crop.kind=center, no color_jitter and no"
+                " randaugment, or task.target.cache=false"
             )
         return self
 
@@ -176,6 +192,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
                 record = evaluate_all(task, evals, held_out, precision, state.ema)
                 for images in held_out.values():
                     loader.broken.update(images.broken)  # named and counted with those met in training
+                keep_best(recipe, task, state, record, world)
                 return record
 
             status = run_loop(
@@ -400,21 +417,48 @@ def dry_run(recipe: Recipe) -> list[str]:
 
 def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World) -> None:
     """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
-    config = {
-        "format": "openeva/1",
-        "task": task.config.model_dump(mode="json"),
-        "identity": task.identity(),
-        "step": state.progress.step,
-        "environment": environment(world.device),
-    }
     if state.ema is not None:  # first: where `folder` is complete, everything is
-        with state.ema.applied():
-            tensors = parameter_tensors(task.trainable)
-            if world.is_main:
-                save_native(folder.with_name(folder.name + "_ema"), tensors, config)
-    tensors = parameter_tensors(task.trainable)
-    if world.is_main:
-        save_native(folder, tensors, config)
+        _export(task, state, folder.with_name(folder.name + "_ema"), world, averaged=True)
+    _export(task, state, folder, world)
+
+
+def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, world: World) -> None:
+    """Write the weights to `model_best` where the metric of `run.keep_best` is the best so far (collective).
+
+    Of metrics with "loss" in their name less is better.
+
+    Raises:
+        ConfigError: There is no such metric.
+    """
+    metric, folder = recipe.run.keep_best, recipe.run.out / "model_best"
+    if metric is None:
+        return
+    if metric not in record:
+        raise ConfigError([f"run.keep_best {metric!r} is not measured; measured are {', '.join(record)}"])
+    value = record[metric]
+
+    def better() -> bool:
+        complete = is_complete(folder)
+        best = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["best"] if complete else {}
+        return metric not in best or (value < best[metric] if "loss" in metric else value > best[metric])
+
+    if once(better):
+        _export(task, state, folder, world, averaged=metric.startswith("ema_"), best={metric: value})
+
+
+def _export(task: Task, state: TrainState, folder: Path, world: World, *, averaged: bool = False, **notes: Any) -> None:
+    with state.ema.applied() if averaged and state.ema is not None else nullcontext():
+        tensors = parameter_tensors(task.trainable)
+        if world.is_main:
+            config = {
+                "format": "openeva/1",
+                "task": task.config.model_dump(mode="json"),
+                "identity": task.identity(),
+                "step": state.progress.step,
+                "environment": environment(world.device),
+                **notes,
+            }
+            save_native(folder, tensors, config)
     distributed.barrier()
 
 

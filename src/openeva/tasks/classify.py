@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -18,13 +19,17 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
-from openeva.backbones.vit import architecture_of, model_path
+from openeva.backbones.vit import architecture_of
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.native import model_path
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
-from openeva.data.mixture import Mixture, Streams
+from openeva.data.erasing import ErasingConfig
+from openeva.data.mixture import Mixture, Streams, label_problems
+from openeva.data.mixup import MixupConfig
 from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import gather_over_processes, mean_over_processes, sum_over_processes, unwrap
+from openeva.evals.base import Tally
 from openeva.heads.classifier import ImageClassifier, Pooling
 from openeva.tasks.base import Batch, Task, TaskConfig
 
@@ -56,6 +61,8 @@ class Config(TaskConfig):
     pooling: Pooling = Field("mean", description="what is classified: mean of the patches, cls, or attentive pooling")
     batch_norm: bool = Field(False, description="non-affine batch norm before the linear layer, as in linear probing")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    mixup: MixupConfig = Field(MixupConfig(), description="mixing of the images of a batch; needs an even micro-batch")
+    erasing: ErasingConfig = Field(ErasingConfig(), description="random erasing")
     class_weights: Literal["none", "balanced"] | list[float] = Field(
         "none", description="weight of a sample by its class: balanced = inversely to how many training samples it has"
     )
@@ -80,13 +87,9 @@ class Config(TaskConfig):
         return {**values, "backbone": {"final_norm": values.get("pooling", "mean") != "mean", **backbone}}
 
     @model_validator(mode="after")
-    def _numbers_fit(self) -> "Config":
-        if isinstance(self.num_classes, int):
-            if self.num_classes < 2:
-                raise ValueError(f"num_classes {self.num_classes}: a classifier needs two classes or more")
-            for key, values in (("class_names", self.class_names), ("class_weights", self.class_weights)):
-                if isinstance(values, list) and len(values) != self.num_classes:
-                    raise ValueError(f"{key} has {len(values)} entries for {self.num_classes} classes")
+    def _several_classes(self) -> "Config":
+        if self.num_classes != "auto" and self.num_classes < 2:
+            raise ValueError(f"num_classes {self.num_classes}: a classifier needs two classes or more")
         return self
 
     def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "Config":
@@ -96,27 +99,17 @@ class Config(TaskConfig):
             ConfigError: The data has no labels, fewer than two classes or more than `num_classes`, or its parts do not
                 agree on them.
         """
-        problems = [*_label_problems("data.train", train), *(_label_problems("data.val", val) if val else [])]
-        if problems:
-            raise ConfigError(problems)
         found = train.num_classes
         num_classes = found if self.num_classes == "auto" else self.num_classes
-        if found < 2:
-            problems.append(f"data.train has one class only{_named(class_names_of(train))}; a classifier needs two")
-        for part, data in (("train", train), ("val", val)):
-            if data is not None and data.num_classes > num_classes:
-                problems.append(f"data.{part} has {data.num_classes} classes, but task.num_classes is {num_classes}")
-        names, others = class_names_of(train), class_names_of(val) if val else []
-        if names and others and names != others:
-            problems.append(
-                f"data.val has other classes than data.train, or another order ({_difference(names, others)}); a label"
-                " must mean the same in both: list all of them as `classes` of both sources"
-            )
-        if isinstance(self.class_weights, list) and len(self.class_weights) != num_classes:
-            problems.append(f"task.class_weights has {len(self.class_weights)} entries for {num_classes} classes")
+        problems = label_problems(train, val)
+        if found > num_classes:
+            problems.append(f"data.train has {found} classes, but task.num_classes is {num_classes}; set it to auto")
+        for key, given in (("class_names", self.class_names), ("class_weights", self.class_weights)):
+            if isinstance(given, list) and len(given) != num_classes:
+                problems.append(f"task.{key} has {len(given)} entries for {num_classes} classes")
         if problems:
             raise ConfigError(problems)
-        names = self.class_names or [*names, *(str(number) for number in range(len(names), num_classes))]
+        names = self.class_names or [*train.class_names, *(str(number) for number in range(found, num_classes))]
         weights = balanced_weights(train, num_classes) if self.class_weights == "balanced" else self.class_weights
         return self.model_copy(update={"num_classes": num_classes, "class_names": names, "class_weights": weights})
 
@@ -129,42 +122,19 @@ class Config(TaskConfig):
         return ClassifyTask(self)
 
 
-def class_names_of(data: Mixture | Streams) -> list[str]:
-    """Names by label, as far as the data has them."""
-    return list(getattr(data, "class_names", []))
-
-
 def balanced_weights(data: Mixture | Streams, num_classes: int) -> list[float]:
-    """Weight per class: 1 on average over the samples, the same sum for every class that has any.
+    """Weight per class: 1 on average over the samples, with the same sum for every class that has any.
 
     Raises:
-        ConfigError: Streams cannot be counted beforehand.
+        ConfigError: The classes cannot be counted beforehand.
     """
     if isinstance(data, Streams):
-        raise ConfigError(["task.class_weights: streams cannot be counted; give the weights as a list, or none"])
-    count_V = torch.zeros(num_classes, dtype=torch.float64)
-    for source, weight in zip(data.sources, data.weights, strict=True):
-        for index in range(len(source)):
-            count_V[source.read(index).label] += weight
+        raise ConfigError(["task.class_weights: streams cannot be counted beforehand; give a list of weights, or none"])
+    seen_N = np.repeat(data.weights, data.lengths)
+    count_V = np.bincount(data.labels(), weights=seen_N, minlength=num_classes)
     present = count_V > 0
-    weight_V = torch.where(present, count_V.sum() / (present.sum() * count_V.clamp(min=1e-9)), 1.0)
-    return [round(value, 6) for value in weight_V.tolist()]
-
-
-def _label_problems(where: str, data: Mixture | Streams) -> list[str]:
-    if all(source.num_classes for source in data.sources):
-        return []
-    return [f"{where} has images without labels, which a classifier needs (image_folder: labels=true)"]
-
-
-def _named(names: list[str]) -> str:
-    return f" ({', '.join(names)})" if names else ""
-
-
-def _difference(names: list[str], others: list[str]) -> str:
-    only = [f"only data.train: {name}" for name in names if name not in others]
-    only += [f"only data.val: {name}" for name in others if name not in names]
-    return ", ".join(only[:4]) + (", ..." if len(only) > 4 else "") if only else "the same names in another order"
+    weight_V = np.where(present, count_V.sum() / (present.sum() * np.maximum(count_V, 1e-9)), 1.0)
+    return [float(weight) for weight in weight_V.round(6)]
 
 
 class ClassifyTask(Task):
@@ -188,6 +158,7 @@ class ClassifyTask(Task):
         self.trainable = ImageClassifier(
             backbone, config.num_classes, pooling=config.pooling, batch_norm=config.batch_norm
         )
+        self.mixup = config.mixup.build()
         weights = config.class_weights if isinstance(config.class_weights, list) else None
         self.register_buffer("class_weight_V", None if weights is None else torch.tensor(weights), persistent=False)
         self.load_report: LoadReport | None = None
@@ -221,15 +192,21 @@ class ClassifyTask(Task):
 
     def view_spec(self, *, train: bool) -> ViewSpec:
         """Images of the backbone's size."""
-        return ViewSpec(self.backbone.image_size)
+        return ViewSpec(self.backbone.image_size, mean=self.backbone.normalisation.mean)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of a batch, and the share of right answers where every image has one label."""
-        statistics, label_B = self.backbone.normalisation, batch["label"]
+        """Cross-entropy of a batch, and the share of right answers where images are not mixed."""
+        statistics, target = self.backbone.normalisation, batch["label"]
         image_BCYX = normalise(batch["image"], statistics.mean, statistics.std)
+        if self.training:
+            image_BCYX = self.config.erasing(image_BCYX)
+            if self.config.mixup.active:
+                image_BCYX, target = self.mixup(image_BCYX, target, self.num_classes, self.config.smoothing)
         logits_BV = self.trainable(image_BCYX)
-        loss = self.loss(logits_BV, label_B)
-        return loss, {"accuracy": (logits_BV.detach().argmax(1) == label_B).float().mean()}
+        loss = self.loss(logits_BV, target)
+        if target.is_floating_point():
+            return loss, {}
+        return loss, {"accuracy": (logits_BV.detach().argmax(1) == target).float().mean()}
 
     def loss(
         self, logits_BV: Float[Tensor, "B V"], target: Int[Tensor, "B"] | Float[Tensor, "B V"]
@@ -258,32 +235,28 @@ class ClassifyTask(Task):
 
         `top1`, `top5` (more than five classes), `mean_class_accuracy`, `held_out_loss`; with two classes, `auc`.
         """
-        device = next(self.parameters()).device
+        device, tally = next(self.parameters()).device, Tally()
         self._share_batch_norm_statistics()
-        hits_2, loss = torch.zeros(2, device=device), torch.zeros((), device=device)
         right_V, count_V = (torch.zeros(self.num_classes, device=device) for _ in range(2))
-        scores: list[Tensor] = []
+        scores = [torch.empty(0, 2)]
         for batch in loader:
             label_B = batch["label"].to(device)
             logits_BV = self.logits(batch["image"].to(device))
-            hit_B5 = logits_BV.topk(min(5, self.num_classes)).indices == label_B[:, None]
-            hits_2 += torch.stack([hit_B5[:, 0].sum(), hit_B5.any(1).sum()])
-            loss += F.cross_entropy(logits_BV, label_B, reduction="sum")
-            right_V.index_add_(0, label_B, hit_B5[:, 0].float())
-            count_V.index_add_(0, label_B, torch.ones_like(hit_B5[:, 0], dtype=torch.float32))
+            tally.add(logits_BV, label_B[:, None])
+            right_V.index_add_(0, label_B, (logits_BV.argmax(1) == label_B).float())
+            count_V.index_add_(0, label_B, torch.ones_like(label_B, dtype=torch.float32))
             if self.num_classes == 2:
                 scores.append(torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1).cpu())
-        for total in (hits_2, loss, right_V, count_V):
-            sum_over_processes(total)
-        count, present = count_V.sum(), count_V > 0
-        metrics = {"top1": (hits_2[0] / count).item(), "held_out_loss": (loss / count).item()}
+        found = tally.result()
+        metrics = {"top1": found.top1 / found.num_images, "held_out_loss": found.loss}
         if self.num_classes > 5:
-            metrics["top5"] = (hits_2[1] / count).item()
-        metrics["mean_class_accuracy"] = (right_V[present] / count_V[present]).mean().item()
+            metrics["top5"] = found.top5 / found.num_images
+        accuracy_V = sum_over_processes(right_V) / sum_over_processes(count_V)
+        metrics["mean_class_accuracy"] = accuracy_V[count_V > 0].mean().item()
         if self.num_classes == 2:
-            score_B2 = torch.cat(gather_over_processes(torch.cat([torch.empty(0, 2), *scores])))
-            if len(score_B2[:, 1].unique()) == 2:
-                metrics["auc"] = float(roc_auc_score(score_B2[:, 1].numpy(), score_B2[:, 0].numpy()))
+            score_B2 = torch.cat(gather_over_processes(torch.cat(scores))).numpy()
+            if len(np.unique(score_B2[:, 1])) == 2:
+                metrics["auc"] = float(roc_auc_score(score_B2[:, 1], score_B2[:, 0]))
         return metrics
 
     def _share_batch_norm_statistics(self) -> None:
