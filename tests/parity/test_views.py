@@ -35,3 +35,15 @@ def test_evaluation_pixels(case):
         torch.testing.assert_close(
             view_CYX[:, ::stride, ::stride], expected, rtol=0, atol=case.json["tolerance"]["atol"]
         )
+
+
+@pytest.mark.parametrize("case", cases("eval_transform"), ids=str)
+def test_fixed_evaluation_of_two_robustness_sets(case):
+    """ImageNet-V2 and ObjectNet: always 336 pixels, bilinear, nothing cut off the shorter side (spec section 7)."""
+    image_YXC = case.tensors["in.image_hwc_uint8"].numpy()
+    crop = CropConfig(kind="center", hflip=0.0, crop_pct=1.0, interpolation="bilinear")
+    view_CYX = crop.cut(image_YXC, crop.draw(*image_YXC.shape[:2], random.Random(0)), (336, 336))
+    view_CYX = normalise(view_CYX[None], tuple(case.config["mean"]), tuple(case.config["std"]))[0]
+    expected = case.tensors["out.robustness_v2_objectnet"]
+    stride = 336 // expected.shape[-1]
+    torch.testing.assert_close(view_CYX[:, ::stride, ::stride], expected, rtol=0, atol=case.json["tolerance"]["atol"])

@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import functional as tv
 
-from openeva.data.views import Crop, CropConfig, normalise, random_box
+from openeva.data.views import Crop, CropConfig, normalise, one_box, random_box
 
 sides = st.integers(1, 300)
 
@@ -68,6 +69,27 @@ def test_flip_comes_before_the_crop():
     expected = CropConfig().cut(mirrored, Crop(top, left, h, w, flip=False), (h, w))
     assert crop.flip
     assert torch.equal(config.cut(image_YXC, crop, (h, w)), expected)
+
+
+@settings(max_examples=200)
+@given(height=sides, width=sides, seed=st.integers())
+def test_one_box_is_a_single_try_within_the_image(height, width, seed):
+    rng = random.Random(seed)
+    area, aspect = rng.uniform(0.08, 1) * height * width, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    top, left, h, w = one_box(height, width, (0.08, 1.0), (3 / 4, 4 / 3), random.Random(seed))
+    assert h == min(max(1, round(math.sqrt(area / aspect))), height)
+    assert w == min(max(1, round(math.sqrt(area * aspect))), width)
+    assert 0 <= top <= height - h
+    assert 0 <= left <= width - w
+
+
+def test_crop_of_the_linear_probe():
+    """Long images keep their full short side instead of being tried again."""
+    config = CropConfig(kind="byol", scale=(0.08, 1.0))
+    crops = [config.draw(50, 400, random.Random(seed)) for seed in range(300)]
+    assert np.mean([crop.height == 50 for crop in crops]) > 0.5
+    assert {crop.flip for crop in crops} == {True, False}
+    assert config.cut(noise(50, 400), crops[0], (32, 32)).shape == (3, 32, 32)
 
 
 def test_both_sizes_show_the_same_crop():

@@ -40,6 +40,10 @@ class BatchMaker:
     """Fills batches row by row; lives in the workers."""
 
     def __init__(self, spec: ViewSpec, crop: CropConfig) -> None:
+        if spec.second_size and crop.randaugment:
+            raise ValueError(
+                "crop.randaugment would change what the model sees but not what its target sees: remove it"
+            )
         self.spec, self.crop = spec, crop
 
     def empty(self, size: int) -> Batch:
@@ -65,7 +69,8 @@ class BatchMaker:
         rng = random.Random(seed)
         crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
         image_YXC = self.crop.jitter(image_YXC, rng)
-        batch["image"][row] = self.crop.cut(image_YXC, crop, self.spec.image_size)
+        view_CYX = self.crop.cut(image_YXC, crop, self.spec.image_size)
+        batch["image"][row] = self.crop.augment(view_CYX, self.spec.mean, rng)
         if second_size := self.spec.second_size:
             batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
         if self.spec.masking is not None:

@@ -227,9 +227,10 @@ def label_problems(train: Mixture | Streams, val: Mixture | None) -> list[str]:
             " image_folder, `roots` is the folder that holds one folder per class"
         )
     for number, source in enumerate(train.sources):
-        empty = np.flatnonzero(class_counts(source) == 0) if getattr(source, "classes_found", False) else []
-        if len(empty):
-            names = class_names_of(source)
+        names = class_names_of(source)
+        found = getattr(source, "classes_found", False)
+        empty = np.flatnonzero(class_counts(source) == 0).tolist() if found else []
+        if empty:
             problems.append(
                 f"data.train.{number}: {len(empty)} of its {len(names)} classes have no images"
                 f" ({_some([names[label] for label in empty])}); add images, remove the class, or, if it is meant so,"
@@ -246,7 +247,8 @@ def label_problems(train: Mixture | Streams, val: Mixture | None) -> list[str]:
 
 def _unlabelled(where: str, data: Mixture | Streams) -> list[str]:
     how = "(image_folder: `labels: true`, one folder per class; image_list: a column of labels)"
-    return [f"{where}.{n} has no labels {how}" for n, source in enumerate(data.sources) if not source.num_classes]
+    sources: Sequence[Source | StreamSource] = data.sources
+    return [f"{where}.{n} has no labels {how}" for n, source in enumerate(sources) if not source.num_classes]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,26 +1,29 @@
 """What is cut out of an image: the crop that student and teacher share, resized for each of them, and its mask.
 
-RGB `[Y, X, 3]` -> `CropConfig.draw` (box, flip) -> `cut` (uint8 `[3, Y', X']`, once per size) -> `normalise` on the
-device.
+RGB `[Y, X, 3]` -> `CropConfig.draw` (box, flip) -> `cut` (uint8 `[3, Y', X']`, once per size) -> `augment` ->
+`normalise` on the device.
 
-Source: official pre-training transform (flip first, then one box for both sizes) and evaluation transform (shorter side
-resized, centre cut). Difference: resizing by torchvision's 8-bit kernel, which is three times as fast as Pillow's and
-at most two levels of 255 away from it; normalisation happens on the device, so that batches travel as bytes.
+Source: official pre-training transform (flip first, then one box for both sizes), evaluation transform (shorter side
+resized, centre cut), fine-tuning transform (box, then flip, then RandAugment: to mirror a box that was drawn on the
+mirrored image is the same thing) and the linear probe's (one try for the box). Difference: resizing by torchvision's
+8-bit kernel, which is three times as fast as Pillow's and at most two levels of 255 away from it; normalisation happens
+on the device, so that batches travel as bytes.
 """
 
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as tv
 
 from openeva.config import Config
+from openeva.data.augment import apply_rand_augment, check_rand_augment
 from openeva.data.decode import RGB
 from openeva.data.masking import MaskGenerator
 
@@ -33,11 +36,13 @@ class ViewSpec:
         image_size: `(rows, columns)` in pixels of the model's input.
         target_size: The same for the second copy of the crop that a target looks at; None = it takes the first.
         masking: Draws the hidden patches; None = no mask.
+        mean: Mean colour of the model's statistics, 0 to 1; what RandAugment moves away from leaves it behind.
     """
 
     image_size: tuple[int, int]
     target_size: tuple[int, int] | None = None
     masking: MaskGenerator | None = None
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     @property
     def second_size(self) -> tuple[int, int] | None:
@@ -59,7 +64,8 @@ class CropConfig(Config):
     """How a view is cut out of an image.
 
     Attributes:
-        kind: "random" = mirror, then random resized crop; "center" = shorter side resized to `size / crop_pct`, then
+        kind: "random" = mirror, then random resized crop; "byol" = the same with a single try, whose sides are cut to
+            those of the image (the paper's linear probe); "center" = shorter side resized to `size / crop_pct`, then
             the centre: the same pixels every time, for evaluation and for cached teacher features.
         scale: Share of the image's area that a random crop covers, (least, largest).
         ratio: Width / height of a random crop, (least, largest).
@@ -67,15 +73,17 @@ class CropConfig(Config):
         crop_pct: Share of the resized shorter side that the centre crop keeps.
         interpolation: Resampling kernel, antialiased.
         color_jitter: Largest relative change of brightness, contrast and saturation; 0 = off.
+        randaugment: RandAugment after cutting, as in "rand-m9-mstd0.5-inc1"; None = off.
     """
 
-    kind: Literal["random", "center"] = "random"
+    kind: Literal["random", "center", "byol"] = "random"
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = Field(0.5, ge=0, le=1)
     crop_pct: float = Field(0.875, gt=0, le=1)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     color_jitter: float = Field(0.0, ge=0, le=1)
+    randaugment: Annotated[str, AfterValidator(check_rand_augment)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "CropConfig":
@@ -83,6 +91,8 @@ class CropConfig(Config):
             raise ValueError(f"scale is (least, largest) with 0 < least <= largest <= 1, not {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is (least, largest) with 0 < least <= largest, not {self.ratio}")
+        if self.color_jitter and self.randaugment:
+            raise ValueError("color_jitter and randaugment exclude each other, as in the official recipes: choose one")
         return self
 
     def draw(self, height: int, width: int, rng: random.Random) -> Crop:
@@ -90,7 +100,8 @@ class CropConfig(Config):
         flip = rng.random() < self.hflip
         if self.kind == "center":
             return Crop(0, 0, height, width, flip)
-        top, left, box_height, box_width = random_box(height, width, self.scale, self.ratio, rng)
+        box = one_box if self.kind == "byol" else random_box
+        top, left, box_height, box_width = box(height, width, self.scale, self.ratio, rng)
         if flip:  # the box was drawn on the mirrored image
             left = width - left - box_width
         return Crop(top, left, box_height, box_width, flip)
@@ -117,6 +128,12 @@ class CropConfig(Config):
             view_CYX = _resize(box_CYX, size, self.interpolation)
         return view_CYX.flip(-1) if crop.flip else view_CYX
 
+    def augment(
+        self, view_CYX: UInt8[Tensor, "3 Y X"], mean: tuple[float, float, float], rng: random.Random
+    ) -> UInt8[Tensor, "3 Y X"]:
+        """The cut view after RandAugment, if that is on."""
+        return view_CYX if self.randaugment is None else apply_rand_augment(view_CYX, self.randaugment, mean, rng)
+
 
 def random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
@@ -132,6 +149,15 @@ def random_box(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def one_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """Like `random_box` with a single try, whose sides are cut to those of the image."""
+    area, aspect = rng.uniform(*scale) * height * width, math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = min(max(1, round(math.sqrt(area * aspect))), width), min(max(1, round(math.sqrt(area / aspect))), height)
+    return rng.randint(0, height - h), rng.randint(0, width - w), h, w
 
 
 def _covering_size(size: tuple[int, int], wanted: tuple[int, int], crop_pct: float) -> tuple[int, int]:

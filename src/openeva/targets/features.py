@@ -27,8 +27,8 @@ from openeva.checkpoints.files import write_atomically
 from openeva.checkpoints.weights import digest_of_weights
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
+from openeva.data.batches import Batch
 from openeva.data.feature_cache import CacheWriter, FeatureCache, bytes_needed, check_space, finish, is_complete
-from openeva.data.loader import Batch
 from openeva.data.views import normalise, target_pixels
 from openeva.engine.distributed import barrier
 from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
