@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone, Features
 from openeva.checkpoints.native import CONFIG_FILE
+from openeva.checkpoints.pretrained import resolve
 from openeva.data.views import Crop, CropConfig, normalise
 from openeva.engine.distributed import start
 from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
