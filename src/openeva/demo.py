@@ -17,8 +17,8 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import is_complete, read_native
+from openeva.checkpoints.load import load_into, read_model
+from openeva.checkpoints.native import is_complete
 from openeva.config import load_config
 from openeva.data.sources.elpv import LICENCE
 from openeva.data.views import normalise
@@ -96,7 +96,7 @@ def measure(run: Path, console: Console) -> list[Table]:
             ),
         }
     with console.status("features of the pre-trained student, masked cosine"):
-        load_into(opened.task.trainable, read_native(run / "model")[0])
+        load_into(opened.task.trainable, read_model(run / "model")[0])
         trained = _both(opened, lambda loader: extract_features(opened.task.backbone, loader))
         features = {"student, pre-trained": trained, **dict(reversed(features.items()))}
         cosines = MaskedCosineConfig().build().run(opened.task, opened.held_out)

@@ -30,6 +30,7 @@ from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 from openeva.evals.base import Evaluation, needs_of, once, shared_features
 from openeva.tasks.base import Task, TaskConfig
+from openeva.tune import Tune, TuneAll, apply_tuning
 
 
 class RunConfig(Config):
@@ -79,6 +80,7 @@ class Recipe(Config):
     task: TaskField
     data: DataConfig
     optim: OptimConfig = OptimConfig()
+    tune: Tune = Field(TuneAll(), description="which part of the model learns: all, head, blocks, lora, peft")
     run: RunConfig
     evals: list[Eval] = Field([], description="measured every run.evaluate_every beside the task's own held-out loss")
 
@@ -147,7 +149,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         with scanning(console if world.is_main else None) as progress:
             train_data, val_data = recipe.data.open(progress)
         evals = build_evals(recipe, train_data, val_data)
-        task = build_task(recipe, train_data, val_data).to(world.device)
+        task = build_task(recipe, train_data, val_data)
+        apply_tuning(recipe.tune, task)
+        task = task.to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
         held_out = held_out_loaders(recipe, task, train_data, val_data, world)
@@ -167,9 +171,10 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
             num_layers=task.backbone.num_layers,
         )  # fmt: skip
         ema = Ema(distributed.unwrap(task.trainable), recipe.optim.ema) if recipe.optim.ema else None
-        state = TrainState(task.trainable, optimizer, precision, Progress(), ema)
+        part = task.trained_part
+        state = TrainState(task.trainable, optimizer, precision, Progress(), ema, part.names if part else None)
         checkpoints = Checkpoints(
-            run.out / "checkpoints", task.identity(), keep_last=run.keep_last,
+            run.out / "checkpoints", task.identity() | (part.identity() if part else {}), keep_last=run.keep_last,
             keep_every=lengths.steps(run.keep_every),
             notes={"data": train_data.identity} if isinstance(train_data, Mixture) else None,
         )  # fmt: skip
@@ -379,9 +384,11 @@ def evaluate_all(
 def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths, world: World) -> list[str]:
     """What is about to run, in a few lines."""
     num_parameters = sum(p.numel() for p in task.trainable.parameters() if p.requires_grad)
+    num_all = sum(p.numel() for p in task.trainable.parameters())
+    share = f" of {num_all:,} ({num_parameters / num_all:.2%})" if task.trained_part else ""
     gflops = task.flops_per_sample() / 1e9
     return [
-        f"{recipe.task.name}: {num_parameters:,} parameters learn, {gflops:.2f} GFLOP per sample",
+        f"{recipe.task.name}: {num_parameters:,}{share} parameters learn, {gflops:.2f} GFLOP per sample",
         *(f"  {key}: {value}" for key, value in task.identity().items()),
         f"  data: {loader.samples_per_epoch:,} samples per epoch,"
         f" {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
@@ -409,6 +416,7 @@ def dry_run(recipe: Recipe) -> list[str]:
         train_data, val_data = recipe.data.open()
         build_evals(recipe, train_data, val_data)
         task = build_task(recipe, train_data, val_data)
+        apply_tuning(recipe.tune, task)
         loader = train_loader(recipe, task, train_data, world)
         return describe(recipe, task, loader, _Lengths(recipe, loader.steps_per_epoch), world)
     finally:
@@ -448,14 +456,16 @@ def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, wor
 
 def _export(task: Task, state: TrainState, folder: Path, world: World, *, averaged: bool = False, **notes: Any) -> None:
     with state.ema.applied() if averaged and state.ema is not None else nullcontext():
-        tensors = parameter_tensors(task.trainable)
+        tensors, part = parameter_tensors(task.trainable), task.trained_part
         if world.is_main:
+            tensors, delta = part.export(tensors) if part else (tensors, {})
             config = {
                 "format": "openeva/1",
                 "task": task.config.model_dump(mode="json"),
                 "identity": task.identity(),
                 "step": state.progress.step,
                 "environment": environment(world.device),
+                **delta,
                 **notes,
             }
             save_native(folder, tensors, config)

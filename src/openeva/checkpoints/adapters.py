@@ -20,6 +20,10 @@ WRAPPED = ".base_layer."
 """What peft puts into the names of the weights that it wraps."""
 
 
+SUBSETS = ("feedforward_modules",)
+"""Options of peft that name some of the targets."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Which adapters a model has.
@@ -102,7 +106,8 @@ def _wrapped_linear(weight: Tensor, bias: Tensor | None, name: str, adapter: Ada
         parent = nn.Module()
         parent.add_module(part, root)
         root = parent
-    inject(root, replace(adapter, targets=(name,)))
+    only = {key: [n for n in adapter.options[key] if n == name] for key in SUBSETS if key in adapter.options}
+    inject(root, replace(adapter, targets=(name,), options={**adapter.options, **only}))
     return root.get_submodule(name).eval()
 
 

@@ -65,6 +65,33 @@ class Delta:
         )
 
 
+@dataclass(frozen=True)
+class TrainedPart:
+    """Of a model of which only a part is trained: what its files hold.
+
+    Attributes:
+        names: Of the tensors that checkpoints hold: all that the bases do not have or training changes.
+        delta: Where the others are.
+        merge: Whether an exported model shall stand alone: nothing left out, adapters merged.
+    """
+
+    names: frozenset[str]
+    delta: Delta
+    merge: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the run that continues it."""
+        return {"base": [base.digest for base in self.delta.bases]}
+
+    def export(self, tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
+        """Tensors for the file of an exported model, out of all, and what its config must say about the others."""
+        if self.merge:
+            return (tensors if self.delta.adapter is None else merge(tensors, self.delta.adapter)), {}
+        if not self.delta.bases and self.delta.adapter is None:
+            return tensors, {}
+        return {name: value for name, value in tensors.items() if name in self.names}, {DELTA: self.delta.as_json()}
+
+
 def digest_of_model(path: Path) -> str:
     """Digest of the weights at a path that `model_path` gave."""
     return digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)

@@ -64,17 +64,24 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """Everything that changes during training and must survive."""
+    """Everything that changes during training and must survive.
+
+    Attributes:
+        names: Of the module's tensors that are saved; the others are what they were when training began. None for all.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
     progress: Progress
     ema: Ema | None = None
+    names: frozenset[str] | None = None
 
     def tensors(self) -> dict[str, Any]:
         """Nested tensors by name; loading fills them in place."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
+        if self.names is not None:
+            model = {name: value for name, value in model.items() if name in self.names}
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "precision": self.precision.state_dict()}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -88,9 +95,8 @@ class TrainState:
         """
         groups = self.optimizer.param_groups
         own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        set_state_dict(
-            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        model = state["model"] if self.names is None else get_model_state_dict(self.module) | state["model"]
+        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=state["optimizer"])
         different: dict[str, None] = {}
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             for key, value in settings.items():

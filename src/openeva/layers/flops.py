@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass by counting the operators that it runs, on shapes alone: nothing is computed.
+"""FLOPs of a forward pass by counting the operators that it runs, on shapes alone, and what a training step adds.
 
 module, input shape -> fake tensors -> torch's operator counter -> FLOPs
 """
@@ -29,3 +29,24 @@ def trace_shapes(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, float]
         module.train(training)
         torch.backends.mha.set_fastpath_enabled(fused)
     return output, float(counter.get_total_flops())
+
+
+def training_passes(backbone: nn.Module) -> float:
+    """What a training step costs in a backbone, in forward passes: 3 where all of it learns, 1 where none does.
+
+    From the first block that learns on, gradients flow through (a second pass); a third one is for the weights that
+    learn, by their share of each block.
+    """
+    blocks = list(getattr(backbone, "blocks", [])) or [backbone]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    learns_first = any(
+        parameter.requires_grad and id(parameter) not in inside and not name.startswith("norm.")
+        for name, parameter in backbone.named_parameters()
+    )
+    flowing, passes = learns_first, 0.0
+    for block in blocks:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in block.parameters()]
+        learning = sum(size for size, learns in sizes if learns)
+        flowing = flowing or learning > 0
+        passes += 1.0 + (1.0 + learning / sum(size for size, _ in sizes) if flowing else 0.0)
+    return passes / len(blocks)

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from openeva.backbones.base import Features
-from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import is_complete, read_native
+from openeva.checkpoints.load import load_into, read_model
+from openeva.checkpoints.native import is_complete
 from openeva.config import ComponentConfig
 from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture, Streams
@@ -222,7 +222,7 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
     if not isinstance(task, PretrainTask):
         raise NoPicturesError(f"its task {config.name!r} does not predict patches")
     if finished:
-        load_into(task.trainable, read_native(exported)[0])
+        load_into(task.trainable, read_model(exported)[0])
         source = "the finished model"
     else:
         step = checkpoints.steps()[-1]

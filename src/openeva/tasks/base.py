@@ -7,13 +7,14 @@ know the data first (how many classes there are) derives it from `TaskConfig` in
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from openeva.backbones.base import Backbone
+from openeva.checkpoints.delta import TrainedPart
 from openeva.config import ComponentConfig
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import ViewSpec
@@ -41,10 +42,21 @@ class Task(nn.Module):
         config: What it was built from, nothing left open; stored beside the weights.
         trainable: Everything that is optimised, averaged, sharded and saved, and the only thing wrapped by DDP/FSDP.
             Frozen teachers and tokenizers sit beside it as other children.
+        frozen: Parts of `trainable` that do not learn (`tune.py`); they stay in evaluation mode.
+        trained_part: What checkpoints and exported models hold; None for all of `trainable`.
     """
 
     config: Any
     trainable: nn.Module
+    frozen: tuple[nn.Module, ...] = ()
+    trained_part: TrainedPart | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training behaviour, but for what is frozen."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     @property
     def backbone(self) -> Backbone:
