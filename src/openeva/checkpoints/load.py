@@ -146,7 +146,8 @@ def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
         layout = detect_layout(state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    state_dict, moved = to_openeva(state_dict), {}
+    moved: dict[str, str] = {}
+    state_dict = to_openeva(state_dict)
     if file is not None and entry is not None and entry.kind == "mim" and "backbone.norm.weight" not in state_dict:
         state_dict, moved = _norm_back(state_dict)
     return Weights(state_dict, layout, path, native_grid(config), config, file, entry, moved)
