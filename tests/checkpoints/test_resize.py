@@ -1,11 +1,15 @@
 """What holds for any table and any grid."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.interpolate import RectBivariateSpline
 
 from openeva.checkpoints.resize import (
+    _geometric_offsets,
+    _joint_ratio,
     resize_decoupled_relative_position_table,
     resize_patch_kernel,
     resize_position_embedding,
@@ -82,6 +86,33 @@ def test_relative_tables_keep_their_cls_rows_and_centre(length_from: int, length
     torch.testing.assert_close(stretched[length_to - 1], axis[length_from - 1], rtol=1e-5, atol=1e-5)
 
 
+@fast
+@given(*[st.tuples(st.integers(3, 6), st.integers(3, 6)) for _ in range(2)])
+def test_relative_tables_of_any_grid_follow_an_interpolating_spline(
+    grid_from: tuple[int, int], grid_to: tuple[int, int]
+) -> None:
+    """The spline of scipy's regular grids, axis by axis; the rows of a table are the vertical offsets."""
+    table = torch.randn((2 * grid_from[0] - 1) * (2 * grid_from[1] - 1) + 3, 2, requires_grad=True)
+    resized = resize_relative_position_table(table, grid_from, grid_to)
+    axes = []
+    for size_from, size_to in zip(grid_from, grid_to, strict=True):
+        if size_from == size_to:
+            source = wanted = np.arange(1.0 - size_from, size_from)
+        else:
+            source = _geometric_offsets(2 * size_from - 1, _joint_ratio(2 * size_from - 1, 2 * size_to - 1))
+            wanted = np.arange(1.0 - size_to, size_to).clip(source[0], source[-1])
+        axes.append((source, wanted))
+    (y_from, y_to), (x_from, x_to) = axes
+    for head in range(2):
+        values = table[:-3, head].detach().double().numpy().reshape(len(y_from), len(x_from))
+        expected = RectBivariateSpline(y_from, x_from, values)(y_to, x_to)
+        actual = resized[:-3, head].detach().numpy().reshape(expected.shape)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    resized.sum().backward()
+    assert torch.isfinite(table.grad).all()
+    assert (table.grad[-3:] == 1).all()
+
+
 def test_a_resized_constant_kernel_keeps_its_value() -> None:
     """No correction of the magnitude: the sum over the kernel grows with its area."""
     kernel = torch.full((2, 3, 14, 14), 0.5)
@@ -92,7 +123,7 @@ def test_a_resized_constant_kernel_keeps_its_value() -> None:
     ("call", "text"),
     [
         (lambda: resize_position_embedding(positions((4, 4)), (4, 5), (6, 6)), "17 rows is not one of a 4x5 grid"),
-        (lambda: resize_relative_position_table(torch.zeros(38, 2), (4, 3), (6, 6)), "between square grids only"),
+        (lambda: resize_relative_position_table(torch.zeros(24, 2), (4, 2), (4, 6)), "fewer than 3 patches"),
         (lambda: resize_relative_position_table(torch.zeros(12, 2), (2, 2), (4, 4)), "fewer than 3 patches"),
         (
             lambda: resize_relative_position_table(torch.zeros(12, 2), (3, 3), (4, 4)),

@@ -8,8 +8,8 @@ import torch
 
 from e2e.toy import STUDENT, join, start
 from openeva.backbones.vit import Config
+from openeva.heads.mim import MimStudent
 from openeva.losses.cosine import negative_cosine
-from openeva.tasks.pretrain import MimStudent
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"patch_grad_scale": 0.5, "dropout": 0.1},
@@ -17,6 +17,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "own biases": {"relative_position": "per_block_decoupled", "qkv_bias": "full", "positions": "sincos"},
     "post-norm": {"norm_order": "post", "attention_dropout": 0.1},
     "checkpointing": {"activation_checkpointing": True},
+    "EVA-02": {"rope_grid": 3, "mlp": "swiglu", "sub_norm": "mlp_attention"},
+    "another size": {"image_size": 48, "dynamic_size": True, "relative_position": "per_block", "rope_grid": 3},
 }
 
 

@@ -5,10 +5,10 @@ import torch
 
 from openeva.backbones.vit import Block, Config, Mlp
 from openeva.checkpoints.official import from_official, official_name
+from openeva.heads.mim import MimStudent
 from openeva.layers.attention import Attention
 from openeva.layers.relative_position import axis_indices, joint_index
 from openeva.losses.cosine import negative_cosine
-from openeva.tasks.pretrain import MimStudent
 from parity.golden import Case, cases
 
 RELATIVE = {

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openeva.backbones.vit import VARIANTS, Config, VisionTransformer
+from openeva.heads.mim import MimStudent
 from openeva.losses.cosine import negative_cosine
-from openeva.tasks.pretrain import MimStudent
 
 TINY: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "mlp_hidden": 48,
@@ -26,6 +26,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "post-norm": {"norm_order": "post", "relative_position": "shared_decoupled"},
     "wide heads, no final norm": {"head_width": 24, "final_norm": False},
     "oblong": {"image_size": (16, 40), "relative_position": "shared"},
+    "EVA-02": {"rope_grid": 3, "mlp": "swiglu"},
+    "EVA-02 with sub-LN": {"rope_grid": 4, "mlp": "swiglu", "sub_norm": "mlp_attention", "image_size": (16, 40)},
+    "sub-LN and GELU": {"sub_norm": "mlp"},
 }
 
 
@@ -76,12 +79,24 @@ def test_parameters_of_the_papers_student() -> None:
         ("eva_g_14", 336, 1000, 1_013_005_672), ("eva_g_14", 560, 1000, 1_014_447_464),
         ("eva_l_14", 224, 21_841, 325_565_777), ("eva_l_14", 196, 1000, 304_142_312),
         ("eva_l_14", 336, 1000, 304_531_432),
+        ("eva02_ti_14", 336, 1000, 5_756_584), ("eva02_s_14", 336, 1000, 22_129_000),
+        ("eva02_b_14", 448, 1000, 87_117_544), ("eva02_l_14", 448, 1000, 305_080_232),
     ],
 )  # fmt: skip
 def test_parameters_of_the_classifiers(variant: str, image_size: int, num_classes: int, expected: int) -> None:
     backbone = on_meta(variant=variant, image_size=image_size, positions="learned")
     # a classifier has no mask token, and its norm comes after pooling instead of before
     assert count(backbone) - backbone.width + (backbone.width + 1) * num_classes == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [("eva02_ti_14", 5_699_968), ("eva02_s_14", 22_015_744), ("eva02_b_14", 86_546_944), ("eva02_l_14", 304_319_424)],
+)
+def test_parameters_of_the_students_of_eva02(variant: str, expected: int) -> None:
+    backbone = on_meta(variant=variant)
+    with torch.device("meta"):
+        assert count(MimStudent(backbone, 1024)) == expected
 
 
 def test_parameters_of_one_large_block() -> None:
@@ -102,7 +117,7 @@ def test_every_variant_at_any_size(variant: str, image_size: Any, patch_size: in
 
 
 def test_flops_are_those_of_the_operators() -> None:
-    for options in ({}, {"head_width": 24}, {"image_size": (16, 40)}):
+    for options in ({}, {"head_width": 24}, {"image_size": (16, 40)}, OPTIONS["EVA-02"]):
         model = tiny(**options).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, *model.image_size))
@@ -114,6 +129,7 @@ def test_flops_are_those_of_the_operators() -> None:
     [({"image_size": 33}, "not a multiple of patch_size 8"),
      ({"num_heads": 5}, "not a multiple of num_heads 5; give head_width"),
      ({"width": 30, "positions": "sincos"}, "multiple of 4, not 30"),
+     ({"head_width": 6, "rope_grid": 4}, "whose width is a multiple of 4, not 6"),
      ({"variant": "eva_b_61"}, "did you mean 'eva_b_16'")],
 )  # fmt: skip
 def test_sizes_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
@@ -150,6 +166,50 @@ def test_fresh_weights() -> None:
     head = MimStudent(model, 64).head
     assert head.weight.abs().max().item() == pytest.approx(0.015, rel=1e-2)
     assert torch.all(head.bias == 0)
+
+
+def test_fresh_weights_of_a_classifier() -> None:
+    model = tiny(width=128, depth=3, mlp_hidden=256, init="classifier")
+    for number, block in enumerate(model.blocks, start=1):
+        for name, weight in block.named_parameters():
+            if weight.ndim > 1:
+                scale = (2 * number) ** -0.5 if name in {"attn.proj.weight", "mlp.fc2.weight"} else 1.0
+                assert weight.std().item() == pytest.approx(0.02 * scale, rel=0.03), name
+                assert weight.abs().max() > 0.05 * scale, name  # not cut
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+    kernel = model.patch_embed.proj
+    assert kernel.weight.abs().max().item() == pytest.approx((3 * 8 * 8) ** -0.5, rel=0.01)  # PyTorch's own, uniform
+    assert kernel.bias.any()
+
+
+@pytest.mark.parametrize("sub_norm", ["none", "mlp"])
+def test_fresh_weights_of_eva02(sub_norm: str) -> None:
+    """Xavier's deviation of each matrix as the official files store it; larger ones where there is sub-LN."""
+    width, hidden, depth = 192, 512, 3
+    model = tiny(width=width, depth=depth, mlp_hidden=hidden, mlp="swiglu", sub_norm=sub_norm, init="xavier")
+    split = sub_norm == "mlp"
+    factor = math.sqrt(math.log(2 * depth)) if split else 1.0
+    qkv = [(2 / (width + (1 if split else 3) * width)) ** 0.5] * 3
+    w12 = [(2 / (width + (1 if split else 2) * hidden)) ** 0.5 * factor] * 2
+    for block in model.blocks:
+        parts = {
+            "attn.qkv": [qkv[0], qkv[1], qkv[2] * factor],
+            "attn.proj": [(1 / width) ** 0.5 * factor],
+            "mlp.w12": w12,
+            "mlp.w3": [(2 / (width + hidden)) ** 0.5 * factor],
+        }
+        for name, deviations in parts.items():
+            matrices = block.get_parameter(f"{name}.weight").chunk(len(deviations))
+            for matrix, deviation in zip(matrices, deviations, strict=True):
+                assert matrix.std().item() == pytest.approx(deviation, rel=0.02), name
+        for name, vector in block.named_parameters():
+            if vector.ndim == 1:
+                assert torch.all(vector == (1.0 if "norm" in name and "weight" in name else 0.0)), name
+    kernel, fan = model.patch_embed.proj, 3 * 8 * 8
+    assert kernel.weight.abs().max().item() == pytest.approx((6 / (fan + width)) ** 0.5, rel=0.01)
+    assert kernel.bias.abs().max().item() == pytest.approx(fan**-0.5, rel=0.05)
+    for token in (model.cls_token, model.mask_token, model.pos_embed):
+        assert 0.019 < token.abs().max() <= 0.02
 
 
 def test_post_norm_blocks_start_as_identities() -> None:
@@ -256,7 +316,7 @@ def test_every_parameter_learns(option: str) -> None:
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
 
 
-@pytest.mark.parametrize("option", ["plain", "shared bias, layer scale", "post-norm"])
+@pytest.mark.parametrize("option", ["plain", "shared bias, layer scale", "post-norm", "EVA-02"])
 def test_activation_checkpointing_changes_nothing(option: str) -> None:
     chance = {"drop_path": 0.5, "dropout": 0.1, "attention_dropout": 0.1}
     results = []

@@ -2,12 +2,13 @@
 
 image[B,3,Y,X] -> patches[B,N,D] -> masked ones replaced -> cls + positions -> blocks -> norm -> Features
 
-Paper: EVA section 2.1, table 1. Source: spec sections 1.1-1.6 of the official code. Deliberate differences: relative
-position tables hang on the module that uses them (names are translated in `checkpoints/`), index tables are
-recomputed and never stored, attention is fused.
+Paper: EVA section 2.1, table 1; EVA-02 (arXiv 2303.11331) section 2.1. Source: spec sections 1.1-1.6 of EVA-01, 1.3 and
+4.1-4.3 of EVA-02. Deliberate differences: relative position tables hang on the module that uses them; q, k and v are
+one matrix, gate and value too (names and layout are translated in `checkpoints/`); index tables and rotary tables are
+recomputed and never stored; attention is fused; images may have any size and shape.
 """
 
-from pathlib import Path
+import math
 from typing import Any, Literal
 
 import torch
@@ -20,16 +21,33 @@ from openeva.backbones.base import STATISTICS, Backbone, Features
 from openeva.checkpoints.detect import infer_vit_config
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
+from openeva.checkpoints.resize import (
+    Grid,
+    resize_decoupled_relative_position_table,
+    resize_position_embedding,
+    resize_relative_position_table,
+)
 from openeva.checkpoints.weights import digest_of_file
 from openeva.config import ComponentConfig
 from openeva.layers.attention import Attention, QkvBias
-from openeva.layers.block import Block, Mlp, NormOrder
+from openeva.layers.block import Block, NormOrder
+from openeva.layers.mlp import Mlp, SwiGlu
 from openeva.layers.norm import LayerNorm
-from openeva.layers.relative_position import DecoupledRelativePositionBias, RelativePositionBias
+from openeva.layers.per_grid import PerGrid
+from openeva.layers.relative_position import (
+    DecoupledRelativePositionBias,
+    Place,
+    RelativePosition,
+    RelativePositionBias,
+)
+from openeva.layers.rope import rope_table
 from openeva.layers.sincos import sincos_positions
 from openeva.registry import did_you_mean
 
-RelativePosition = Literal["none", "shared", "per_block", "shared_decoupled", "per_block_decoupled"]
+RelativeKind = Literal["none", "shared", "per_block", "shared_decoupled", "per_block_decoupled"]
+
+EVA02: dict[str, Any] = {"patch_size": 14, "rope_grid": 16, "mlp": "swiglu", "init": "xavier"}
+"""What all sizes of EVA-02 share."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "eva_g_14": {"patch_size": 14, "width": 1408, "depth": 40, "num_heads": 16, "mlp_hidden": 6144, "init_std": 0.015},
@@ -40,8 +58,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva_b_16": {"patch_size": 16, "width": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 3072},
     "eva_s_16": {"patch_size": 16, "width": 384, "depth": 12, "num_heads": 6, "mlp_hidden": 1536},
     "eva_ti_16": {"patch_size": 16, "width": 192, "depth": 12, "num_heads": 3, "mlp_hidden": 768},
+    "eva02_ti_14": {**EVA02, "width": 192, "depth": 12, "num_heads": 3, "mlp_hidden": 512},
+    "eva02_s_14": {**EVA02, "width": 384, "depth": 12, "num_heads": 6, "mlp_hidden": 1024},
+    "eva02_b_14": {**EVA02, "width": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 2048, "sub_norm": "mlp"},
+    "eva02_l_14": {**EVA02, "width": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 2730, "sub_norm": "mlp"},
 }  # fmt: skip
-"""Architectures of table 1 and small ones in the same style; every key may be overridden in a recipe."""
+"""Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key."""
+
+
+CLASSIFIER_STD = 0.02
+TOKEN_STD = 0.02
+"""Of cls, mask and positions under init: xavier."""
 
 
 class Config(ComponentConfig):
@@ -57,19 +84,33 @@ class Config(ComponentConfig):
     depth: int = Field(gt=0, description="number of blocks")
     num_heads: int = Field(gt=0)
     head_width: int | None = Field(None, description="channels per head; width / num_heads when left out")
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_hidden: int = Field(gt=0, description="channels inside the MLP")
+    sub_norm: Literal["none", "mlp", "mlp_attention"] = Field(
+        "none",
+        description="a norm before the last linear layer of the MLP (EVA-02), of attention too (EVA02-CLIP)",
+    )
     qkv_bias: QkvBias = "qv"
     norm_eps: float = 1e-6
     norm_order: NormOrder = "pre"
     final_norm: bool = True
     positions: Literal["learned", "sincos", "none"] = "learned"
-    relative_position: RelativePosition = "none"
+    relative_position: RelativeKind = "none"
+    rope_grid: int | None = Field(
+        None, gt=0, description="turn q and k by their patch's place (RoPE); side of the pre-training grid"
+    )
+    dynamic_size: bool = Field(
+        False, description="take images of any multiple of patch_size; positions are resized for each grid that comes"
+    )
     layer_scale: float | None = Field(None, ge=0, description="initial value; none or 0 leaves it out")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate of the last block; rises linearly from 0 at the first")
     dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 freezes it")
-    init_std: float = Field(0.02, gt=0, description="truncated normal, cut at one standard deviation")
+    init: Literal["mim", "classifier", "xavier"] = Field(
+        "mim", description="fresh weights as in EVA's pre-training, its classifiers, or EVA-02's pre-training"
+    )
+    init_std: float = Field(0.02, gt=0, description="of the normal distribution that mim draws from; cut at one of it")
     activation_checkpointing: bool = False
     statistics: Literal["clip", "imagenet", "half"] = Field(
         "clip", description="mean and deviation its input is normalised with"
@@ -98,6 +139,9 @@ class Config(ComponentConfig):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.head_width is None and self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; give head_width")
+        head_width = self.head_width or self.width // self.num_heads
+        if self.rope_grid is not None and head_width % 4:
+            raise ValueError(f"rope_grid needs heads whose width is a multiple of 4, not {head_width}")
         if self.positions == "sincos" and self.width % 4:
             raise ValueError(f"positions: sincos needs a width that is a multiple of 4, not {self.width}")
         return self
@@ -187,6 +231,7 @@ class VisionTransformer(Backbone):
             fixed = sincos_positions(config.grid, config.width) if config.positions == "sincos" else None
             self.register_buffer("pos_embed", fixed)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.fixed_positions, self.rope_tables = PerGrid(), PerGrid()
         self.relative_position = _position_bias(config, "shared")
         self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
         self.norm = LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
@@ -194,28 +239,53 @@ class VisionTransformer(Backbone):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights as the MIM student does (spec section 1.6).
+        """Draw fresh weights as `init` says (spec sections 1.6 of EVA-01, 4.3 of EVA-02).
 
-        Linear and patch kernels, cls, mask and position tables: normal with `init_std`, cut at one standard
-        deviation; biases 0; output projections of block i (from 1) divided by sqrt(2 i); post-norm blocks start as
-        identities (norms at 0).
+        "mim": linear and patch kernels, cls, mask and position tables normal with `init_std`, cut at one standard
+        deviation. "classifier": the same with 0.02, not cut, but for the patch kernel, which is PyTorch's. Both divide
+        the output projections of block i (from 1) by sqrt(2 i). "xavier": see `xavier_normal_`. Biases are 0; post-norm
+        blocks start as identities (norms at 0).
         """
-        std = self.config.init_std
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.mask_token, self.pos_embed):
-            if isinstance(token, nn.Parameter):
-                nn.init.trunc_normal_(token, std=std, a=-std, b=std)
-        for number, block in enumerate(self._blocks(), start=1):
-            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
-                weight.div_((2 * number) ** 0.5)
-            if self.config.norm_order == "post":
+        if self.config.init == "xavier":
+            self._init_xavier()
+        else:
+            cut = 1.0 if self.config.init == "mim" else None
+            std = self.config.init_std if cut else CLASSIFIER_STD
+            for module in self.modules():
+                if isinstance(module, nn.Linear) or (cut and isinstance(module, nn.Conv2d)):
+                    truncated_normal_(module.weight, std, cut)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            self._init_tokens(std, cut)
+            if not cut:
+                self.patch_embed.proj.reset_parameters()
+            for number, block in enumerate(self._blocks(), start=1):
+                for layer in (block.attn.proj, block.mlp.last):
+                    layer.weight.div_((2 * number) ** 0.5)
+        if self.config.norm_order == "post":
+            for block in self._blocks():
                 for norm in (block.norm1, block.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
+
+    def _init_xavier(self) -> None:
+        """As EVA-02's pre-training does: each matrix as the official files store it, larger where there is sub-LN."""
+        split = self.config.sub_norm != "none"
+        factor = math.log(2 * self.config.depth) ** 0.5 if split else 1.0
+        for block in self._blocks():
+            xavier_normal_(block.attn.qkv, (1.0, 1.0, factor) if split else (1.0,))
+            xavier_normal_(block.attn.proj, (factor,))
+            first = block.mlp.w12 if isinstance(block.mlp, SwiGlu) else block.mlp.fc1
+            xavier_normal_(first, (factor, factor) if split and isinstance(block.mlp, SwiGlu) else (factor,))
+            xavier_normal_(block.mlp.last, (factor,))
+        self.patch_embed.proj.reset_parameters()  # its bias stays PyTorch's
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        self._init_tokens(TOKEN_STD, 1.0)
+
+    def _init_tokens(self, std: float, cut: float | None) -> None:
+        for token in (self.cls_token, self.mask_token, self.pos_embed):
+            if isinstance(token, nn.Parameter):
+                truncated_normal_(token, std, cut)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -229,48 +299,51 @@ class VisionTransformer(Backbone):
         """Encode normalised images; masked patches are replaced by `mask_token` (positions stay visible).
 
         Args:
-            image_BCYX: Normalised images of `image_size`.
+            image_BCYX: Normalised images of `image_size`, or of any size with `dynamic_size`.
             mask_BN: True where a patch is hidden.
             layers: Indices of blocks whose output (before the final norm) is returned in `Features.pyramid`.
 
         Raises:
-            ValueError: The image has another size.
+            ValueError: The image has a size that the model does not take.
         """
-        x_BSD = self.embed(image_BCYX, mask_BN)
-        return self._encode(x_BSD, layers)
+        return self._encode(self.embed(image_BCYX, mask_BN), self._grid_of(image_BCYX), None, layers)
 
     def forward_visible(self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"]) -> Features:
         """Encode some patches of each image as if there were no others (MAE-style encoders, patch dropout).
 
         Args:
-            image_BCYX: Normalised images of `image_size`.
+            image_BCYX: Normalised images, as for `forward`.
             visible_BM: Index of each patch that enters the blocks, in raster order of the whole grid, in any order.
 
         Returns:
-            Features whose `patches` are in the order of `visible_BM`; positions follow the index.
+            Features whose `patches` are in the order of `visible_BM`; positions of all kinds follow the index.
 
         Raises:
-            ValueError: The image has another size, or the model has relative positions.
+            ValueError: The image has a size that the model does not take.
         """
-        if self.config.relative_position != "none":
-            raise ValueError("forward_visible: relative positions of some patches are not supported")
-        return self._encode(self.embed(image_BCYX, visible_BM=visible_BM), ())
+        x_BSD = self.embed(image_BCYX, visible_BM=visible_BM)
+        token_BS = torch.nn.functional.pad(visible_BM + 1, (1, 0))  # cls is token 0
+        return self._encode(x_BSD, self._grid_of(image_BCYX), token_BS, ())
 
-    def _encode(self, x_BSD: Tensor, layers: tuple[int, ...]) -> Features:
-        """Blocks and final norm."""
-        bias_HSS = None if self.relative_position is None else self.relative_position()
+    def _encode(self, x_BSD: Tensor, grid: Grid, token_BS: Tensor | None, layers: tuple[int, ...]) -> Features:
+        """Blocks and final norm, for tokens of all patches of `grid` or those of the index `token_BS`."""
+        place = None if grid == self.grid and token_BS is None else Place(grid, token_BS)
+        bias = None if self.relative_position is None else self.relative_position(place)
+        rope = self._rope(grid, x_BSD.device)
+        if rope is not None and token_BS is not None:
+            rope = rope[token_BS]
         wanted = {layer % self.num_layers: layer for layer in layers}
         pyramid: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
-                x_BSD = checkpoint(block, x_BSD, bias_HSS, use_reentrant=False)
+                x_BSD = checkpoint(block, x_BSD, bias, None, rope, place, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, bias_HSS)
+                x_BSD = block(x_BSD, bias, None, rope, place)
             if number in wanted:
-                pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+                pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, grid)
         x_BSD = self.norm(x_BSD)
         patches_BND = x_BSD[:, 1:]
-        return Features(patches_BND.mean(dim=1), patches_BND, self.grid, pyramid, cls=x_BSD[:, 0])
+        return Features(patches_BND.mean(dim=1), patches_BND, grid, pyramid, cls=x_BSD[:, 0])
 
     def embed(
         self,
@@ -279,9 +352,7 @@ class VisionTransformer(Backbone):
         visible_BM: Int[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Tokens that enter the first block: cls and patches (all or some), masked ones replaced, with positions."""
-        if tuple(image_BCYX.shape[-2:]) != self.image_size:
-            got = tuple(image_BCYX.shape[-2:])
-            raise ValueError(f"this model takes {self.image_size} pixels, got {got}; build it with image_size={got}")
+        grid = self._grid_of(image_BCYX)
         x_BND = self.patch_embed(image_BCYX, visible_BM)
         scale = self.config.patch_grad_scale
         if scale != 1.0:  # the value stays, the gradient is scaled
@@ -291,13 +362,51 @@ class VisionTransformer(Backbone):
                 raise ValueError("a mask was given, but this model's mask token was taken off; build another one")
             x_BND = torch.where(mask_BN[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
         x_BSD = torch.cat([self.cls_token.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
-        if self.pos_embed is not None:
-            pos_1SD = self.pos_embed
-            if visible_BM is not None:
-                patches_BMD = pos_1SD[:, 1:].take_along_dim(visible_BM[:, :, None], dim=1)
-                pos_1SD = torch.cat([pos_1SD[:, :1].expand(len(patches_BMD), -1, -1), patches_BMD], dim=1)
-            x_BSD = x_BSD + pos_1SD
-        return self.dropout(x_BSD)
+        pos_1SD = self._positions(grid)
+        if pos_1SD is not None and visible_BM is not None:
+            patches_BMD = pos_1SD[:, 1:].take_along_dim(visible_BM[:, :, None], dim=1)
+            pos_1SD = torch.cat([pos_1SD[:, :1].expand(len(patches_BMD), -1, -1), patches_BMD], dim=1)
+        return self.dropout(x_BSD if pos_1SD is None else x_BSD + pos_1SD)
+
+    def _grid_of(self, image_BCYX: Tensor) -> Grid:
+        """Rows and columns of an image's patches.
+
+        Raises:
+            ValueError: The model does not take that size.
+        """
+        height, width = image_BCYX.shape[-2:]
+        if (height, width) == self.image_size:
+            return self.grid
+        if not self.config.dynamic_size:
+            raise ValueError(
+                f"this model takes {self.image_size} pixels, got {(height, width)}; build it with"
+                f" image_size={(height, width)}, or with dynamic_size=true for images of any size"
+            )
+        if height % self.stride or width % self.stride or not (height and width):
+            raise ValueError(
+                f"images of {(height, width)} pixels cannot be cut into patches of {self.stride}; resize or pad them to"
+                f" {(-(-height // self.stride) * self.stride, -(-width // self.stride) * self.stride)}"
+            )
+        return height // self.stride, width // self.stride
+
+    def _positions(self, grid: Grid) -> Float[Tensor, "1 S D"] | None:
+        """Absolute positions of a grid: as on loading, learned ones are resized and fixed ones computed anew."""
+        if self.pos_embed is None or grid == self.grid:
+            return self.pos_embed
+        if self.config.positions == "learned":
+            return resize_position_embedding(self.pos_embed, self.grid, grid)
+        return self.fixed_positions.get(
+            grid, self.pos_embed.device, lambda grid, device: sincos_positions(grid, self.width).to(device)
+        ).to(self.pos_embed.dtype)
+
+    def _rope(self, grid: Grid, device: torch.device) -> Float[Tensor, "S P 2"] | None:
+        config = self.config
+        if config.rope_grid is None:
+            return None
+        head_width, pretrain_grid = config.head_width or config.width // config.num_heads, config.rope_grid
+        return self.rope_tables.get(
+            grid, device, lambda grid, device: rope_table(grid, head_width, pretrain_grid, device)
+        )
 
     def flops(self, num_visible: int | None = None) -> float:
         """FLOPs (2 per multiply-add) of one forward pass of one image: matrix products and attention.
@@ -309,7 +418,8 @@ class VisionTransformer(Backbone):
         num_patches = self.grid[0] * self.grid[1] if num_visible is None else num_visible
         num_tokens = 1 + num_patches
         inner = config.num_heads * (config.head_width or config.width // config.num_heads)
-        per_token = 4 * config.width * inner + 2 * config.width * config.mlp_hidden
+        matrices = 3 if config.mlp == "swiglu" else 2
+        per_token = 4 * config.width * inner + matrices * config.width * config.mlp_hidden
         attention = 2 * num_tokens * inner
         patches = num_patches * config.width * 3 * config.patch_size**2
         return 2.0 * (config.depth * num_tokens * (per_token + attention) + patches)
@@ -319,11 +429,31 @@ class VisionTransformer(Backbone):
         return {"pos_embed", "cls_token"}
 
 
-def _position_bias(config: Config, where: Literal["shared", "per_block"]) -> nn.Module | None:
+def truncated_normal_(tensor: Tensor, std: float, cut: float | None) -> None:
+    """Fill with normal values, cut at `cut` standard deviations; None for no cut that could be noticed."""
+    limit = 2.0 if cut is None else cut * std  # PARITY: the official limit of 2 is absolute
+    nn.init.trunc_normal_(tensor, std=std, a=-limit, b=limit)
+
+
+def xavier_normal_(layer: nn.Linear, factors: tuple[float, ...]) -> None:
+    """Fill a linear layer that stands for one or several matrices, stacked, with Xavier-normal values; biases are 0.
+
+    Args:
+        layer: Its rows are divided equally among the matrices.
+        factors: One per matrix, multiplied into its values.
+    """
+    for matrix, factor in zip(layer.weight.chunk(len(factors)), factors, strict=True):
+        nn.init.xavier_normal_(matrix)
+        matrix.mul_(factor)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _position_bias(config: Config, where: Literal["shared", "per_block"]) -> RelativePosition | None:
     if config.relative_position == where:
-        return RelativePositionBias(config.grid, config.num_heads)
+        return RelativePositionBias(config.grid, config.num_heads, resize_relative_position_table)
     if config.relative_position == f"{where}_decoupled":
-        return DecoupledRelativePositionBias(config.grid, config.num_heads)
+        return DecoupledRelativePositionBias(config.grid, config.num_heads, resize_decoupled_relative_position_table)
     return None
 
 
@@ -335,10 +465,15 @@ def _block(config: Config, number: int) -> Block:
         qkv_bias=config.qkv_bias,
         dropout=config.attention_dropout,
         position_bias=_position_bias(config, "per_block"),
+        norm_eps=config.norm_eps if config.sub_norm == "mlp_attention" else None,
+    )
+    norm_eps = config.norm_eps if config.sub_norm != "none" else None
+    mlp = (SwiGlu if config.mlp == "swiglu" else Mlp)(
+        config.width, config.mlp_hidden, config.dropout, norm_eps=norm_eps
     )
     return Block(
         attention,
-        Mlp(config.width, config.mlp_hidden, config.dropout),
+        mlp,
         width=config.width,
         norm_eps=config.norm_eps,
         norm_order=config.norm_order,

@@ -6,14 +6,16 @@ Source: the official loaders and the offline 14 -> 16 converter (spec sections 1
 same purpose differ: they resize with antialiasing, and patch kernels by a pseudo-inverse.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.interpolate import RectBivariateSpline, make_interp_spline
+from scipy.interpolate import make_interp_spline
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
@@ -74,7 +76,8 @@ def resize_relative_position_table(
 ) -> Float[Tensor, "R2 H"]:
     """Resize a joint table: per head a cubic spline over offsets that grow geometrically with the distance.
 
-    The three cls rows are kept. The result is fp32.
+    The three cls rows are kept. The result is fp32, and the table's gradient flows through it. Grids that are not
+    square, which the official code cannot resize, follow the same rule along each axis.
 
     Args:
         table_RH: `(2 y - 1)(2 x - 1) + 3` rows, one column per head.
@@ -82,7 +85,7 @@ def resize_relative_position_table(
         grid_to: Wanted grid.
 
     Raises:
-        ValueError: The table has not the rows of `grid_from`, or the grids differ and one is not square or too small.
+        ValueError: The table does not have the rows of `grid_from`, or an axis that changes is too short for a spline.
     """
     rows = (2 * grid_from[0] - 1) * (2 * grid_from[1] - 1) + NUM_CLS_ROWS
     if table_RH.shape[0] != rows:
@@ -92,22 +95,12 @@ def resize_relative_position_table(
         )
     if grid_from == grid_to:
         return table_RH
-    if grid_from[0] != grid_from[1] or grid_to[0] != grid_to[1]:
-        raise ValueError(
-            f"a joint relative position table is resized between square grids only, not {_text(grid_from)} -> "
-            f"{_text(grid_to)}; use a square image, or relative_position: none"
-        )
-    size_from, size_to = 2 * grid_from[0] - 1, 2 * grid_to[0] - 1
-    _check_spline(size_from)
-    source = _geometric_offsets(size_from, _joint_ratio(size_from, size_to))
-    # PARITY: the ratio is capped, so wanted offsets can lie outside the source's; they are clamped, not extrapolated.
-    wanted = np.clip(_integer_offsets(size_to), source[0], source[-1])
-    heads = [
-        RectBivariateSpline(source, source, head_R.reshape(size_from, size_from))(wanted, wanted).reshape(-1)
-        for head_R in table_RH[:-NUM_CLS_ROWS].detach().double().numpy().T
-    ]
-    resized_RH = torch.from_numpy(np.stack(heads, axis=1)).float()
-    return torch.cat([resized_RH, table_RH[-NUM_CLS_ROWS:].float()])
+    offsets_YXH = table_RH[:-NUM_CLS_ROWS].double().unflatten(0, (2 * grid_from[0] - 1, 2 * grid_from[1] - 1))
+    for axis in (0, 1):
+        if grid_from[axis] != grid_to[axis]:
+            spline = _spline(grid_from[axis], grid_to[axis], decoupled=False).to(table_RH.device)
+            offsets_YXH = torch.tensordot(spline, offsets_YXH, dims=([1], [axis])).movedim(0, axis)
+    return torch.cat([offsets_YXH.flatten(0, 1).float(), table_RH[-NUM_CLS_ROWS:].float()])
 
 
 def resize_decoupled_relative_position_table(
@@ -115,7 +108,7 @@ def resize_decoupled_relative_position_table(
 ) -> Float[Tensor, "R2 H"]:
     """Resize a table of one axis: a cubic spline over offsets that grow geometrically, extrapolated where it ends.
 
-    The three cls rows are kept. The result is fp32.
+    The three cls rows are kept. The result is fp32, and the table's gradient flows through it.
 
     Args:
         table_RH: `2 length + 2` rows, one column per head.
@@ -132,12 +125,34 @@ def resize_decoupled_relative_position_table(
         )
     if length_from == length_to:
         return table_RH
+    spline = _spline(length_from, length_to, decoupled=True).to(table_RH.device)
+    return torch.cat([(spline @ table_RH[:-NUM_CLS_ROWS].double()).float(), table_RH[-NUM_CLS_ROWS:].float()])
+
+
+@torch.compiler.assume_constant_result
+def _spline(length_from: int, length_to: int, *, decoupled: bool) -> Float[Tensor, "to from"]:
+    """The matrix that takes values at one axis' offsets to values at the offsets of another length.
+
+    A cubic interpolating spline is linear in its values, so that a matrix per pair of lengths is all there is to it.
+    """
+    with unset_fake_temporarily():
+        return torch.from_numpy(_spline_values(length_from, length_to, decoupled))
+
+
+@functools.cache
+def _spline_values(length_from: int, length_to: int, decoupled: bool) -> np.ndarray:
     size_from, size_to = 2 * length_from - 1, 2 * length_to - 1
-    _check_spline(size_from)
-    source = _geometric_offsets(size_from, DECOUPLED_RATIO)
-    spline = make_interp_spline(source, table_RH[:-NUM_CLS_ROWS].detach().double().numpy(), k=3)
-    resized_RH = torch.from_numpy(spline(_integer_offsets(size_to))).float()
-    return torch.cat([resized_RH, table_RH[-NUM_CLS_ROWS:].float()])
+    if size_from < 5:
+        raise ValueError(
+            f"relative positions of fewer than 3 patches per axis ({size_from} offsets) cannot be resized by a cubic "
+            "spline; keep the grid, or use relative_position: none"
+        )
+    source = _geometric_offsets(size_from, DECOUPLED_RATIO if decoupled else _joint_ratio(size_from, size_to))
+    wanted = _integer_offsets(size_to)
+    if not decoupled:
+        # PARITY: the ratio is capped, so wanted offsets can lie outside the source's; they are clamped.
+        wanted = np.clip(wanted, source[0], source[-1])
+    return make_interp_spline(source, np.eye(size_from), k=3)(wanted)
 
 
 def _joint_ratio(size_from: int, size_to: int) -> float:
@@ -161,14 +176,6 @@ def _geometric_offsets(size: int, ratio: float) -> np.ndarray:
 
 def _integer_offsets(size: int) -> np.ndarray:
     return np.arange(-(size // 2), size // 2 + 1, dtype=np.float64)
-
-
-def _check_spline(size: int) -> None:
-    if size < 5:
-        raise ValueError(
-            f"relative positions of fewer than 3 patches per axis ({size} offsets) cannot be resized by a cubic "
-            "spline; keep the grid, or use relative_position: none"
-        )
 
 
 def _text(grid: Grid) -> str:

@@ -20,7 +20,8 @@ from openeva.backbones.base import Backbone
 from openeva.config import Config
 from openeva.data.masking import MaskGenerator
 from openeva.layers.attention import Attention
-from openeva.layers.block import Block, Mlp
+from openeva.layers.block import Block
+from openeva.layers.mlp import Mlp
 from openeva.layers.norm import LayerNorm
 from openeva.layers.sincos import sincos_positions
 

@@ -1,8 +1,10 @@
 """Multi-head self-attention through `scaled_dot_product_attention`.
 
-x[B,S,D] -> one fused projection -> q, k, v[B,H,S,K] -> attention -> merged heads -> projection[B,S,D]
+x[B,S,D] -> one fused projection -> q, k, v[B,H,S,K] -> q and k rotated? -> attention -> merged heads -> norm? ->
+projection[B,S,D]
 
-Paper: EVA section 2.1 (q and v have biases, k has none). Source: spec sections 1.2 and 1.4. Deliberate difference:
+Paper: EVA section 2.1 (q and v have biases, k has none), EVA-02 section 2.1 (RoPE). Source: spec sections 1.2 and 1.4
+of EVA-01, 1.3 and 4 of EVA-02. The norm is that of EVA02-CLIP (official name `inner_attn_ln`). Deliberate difference:
 the official code computes the logits in fp32 by a cast. The fused kernels accumulate them in fp32 whatever the input's
 dtype; only reduced-precision training on CPUs rounds them to that dtype first (see `_prefers_composed`), before a
 softmax in fp32.
@@ -14,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from openeva.layers.norm import LayerNorm
+from openeva.layers.relative_position import Place, RelativePosition
+from openeva.layers.rope import rotate
 
 LONGEST_COMPOSED = 1024
 """Above so many tokens the logits of a batch would take too much memory."""
@@ -30,7 +36,8 @@ class Attention(nn.Module):
         head_width: K; D / H when None.
         qkv_bias: "qv" (EVA-g: q and v only), "full" (EVA-L: one bias of length 3HK) or "none".
         dropout: Probability on attention weights.
-        position_bias: A module that returns this block's own bias `[H, S, S]`, or None.
+        position_bias: This block's own relative position bias, or None.
+        norm_eps: Epsilon of a norm in front of the output projection; None for no norm.
     """
 
     def __init__(
@@ -41,7 +48,8 @@ class Attention(nn.Module):
         head_width: int | None = None,
         qkv_bias: QkvBias = "qv",
         dropout: float = 0.0,
-        position_bias: nn.Module | None = None,
+        position_bias: RelativePosition | None = None,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -51,47 +59,66 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(inner)) if qkv_bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(inner)) if qkv_bias == "qv" else None
         self.position_bias = position_bias
+        self.norm = nn.Identity() if norm_eps is None else LayerNorm(inner, eps=norm_eps)
         self.proj = nn.Linear(inner, width)
 
     def forward(
         self,
         x_BSD: Float[Tensor, "B S D"],
-        bias_HSS: Float[Tensor, "H S S"] | None = None,
+        bias: Float[Tensor, "H S S"] | Float[Tensor, "B H S S"] | None = None,
         visible_BS: Bool[Tensor, "B S"] | None = None,
+        rope: Float[Tensor, "S P 2"] | Float[Tensor, "B S P 2"] | None = None,
+        place: Place | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Attend.
 
         Args:
             x_BSD: Tokens.
-            bias_HSS: Added to the logits (the model's shared relative position bias).
+            bias: Added to the logits (the model's shared relative position bias).
             visible_BS: True where a token may be attended to; None for all.
+            rope: Table of `layers/rope.py` that turns queries and keys; None turns nothing.
+            place: Where the tokens stand, for this block's own bias; None for all patches of its grid.
         """
-        qkv = F.linear(x_BSD, self.qkv.weight, self._bias())
-        q_BHSK, k_BHSK, v_BHSK = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self._logit_bias(q_BHSK, bias_HSS, visible_BS)
+        qkv_BSF = self._project(x_BSD)
+        if rope is None:
+            q_BHSK, k_BHSK, v_BHSK = qkv_BSF.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            qkv_BSHK = qkv_BSF.unflatten(-1, (3 * self.num_heads, -1))
+            qk_BSHK = rotate(qkv_BSHK[:, :, : 2 * self.num_heads], rope)
+            q_BHSK, k_BHSK = qk_BSHK.transpose(1, 2).chunk(2, dim=1)
+            v_BHSK = qkv_BSHK[:, :, 2 * self.num_heads :].transpose(1, 2)
+        mask = self._logit_mask(q_BHSK, bias, visible_BS, place)
         dropout = self.dropout if self.training else 0.0
-        if bias is None and dropout == 0.0 and _prefers_composed(q_BHSK):
+        if mask is None and dropout == 0.0 and _prefers_composed(q_BHSK):
             out_BHSK = composed_attention(q_BHSK, k_BHSK, v_BHSK)
         else:
-            out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=bias, dropout_p=dropout)
-        return self.proj(out_BHSK.transpose(1, 2).flatten(2))
+            out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout)
+        return self.proj(self.norm(out_BHSK.transpose(1, 2).flatten(2)))
+
+    def _project(self, x_BSD: Tensor) -> Float[Tensor, "B S F"]:
+        """q, k and v of all heads in one matrix product, or in more where an adapter wraps the layer."""
+        if type(self.qkv) is nn.Linear:
+            return F.linear(x_BSD, self.qkv.weight, self._bias())
+        qkv_BSF = self.qkv(x_BSD)  # with the layer's own bias, if it has one
+        bias = None if self.q_bias is None else self._bias()
+        return qkv_BSF if bias is None else qkv_BSF + bias.to(qkv_BSF.dtype)
 
     def _bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def _logit_bias(
-        self, q_BHSK: Tensor, bias_HSS: Tensor | None, visible_BS: Tensor | None
+    def _logit_mask(
+        self, q_BHSK: Tensor, bias: Tensor | None, visible_BS: Tensor | None, place: Place | None
     ) -> Float[Tensor, "_ H S S"] | Bool[Tensor, "B 1 1 S"] | None:
         if self.position_bias is not None:
-            own_HSS = self.position_bias()
-            bias_HSS = own_HSS if bias_HSS is None else own_HSS + bias_HSS
+            own = self.position_bias(place)
+            bias = own if bias is None else own + bias
         visible_B11S = None if visible_BS is None else visible_BS[:, None, None, :]
-        if bias_HSS is None:
+        if bias is None:
             return visible_B11S
-        bias_1HSS = bias_HSS[None].to(q_BHSK.dtype)
-        return bias_1HSS if visible_B11S is None else bias_1HSS.masked_fill(~visible_B11S, float("-inf"))
+        bias_BHSS = (bias if bias.ndim == 4 else bias[None]).to(q_BHSK.dtype)
+        return bias_BHSS if visible_B11S is None else bias_BHSS.masked_fill(~visible_B11S, float("-inf"))
 
 
 def composed_attention(

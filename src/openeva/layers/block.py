@@ -14,23 +14,11 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from openeva.layers.attention import Attention
+from openeva.layers.mlp import Mlp, SwiGlu
 from openeva.layers.norm import LayerNorm
+from openeva.layers.relative_position import Place
 
 NormOrder = Literal["pre", "post"]
-
-
-class Mlp(nn.Module):
-    """Linear, exact GELU, linear, dropout."""
-
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    def forward(self, x_BSD: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Transform each token."""
-        return self.dropout(self.fc2(nn.functional.gelu(self.fc1(x_BSD))))
 
 
 class Block(nn.Module):
@@ -49,7 +37,7 @@ class Block(nn.Module):
     def __init__(
         self,
         attention: Attention,
-        mlp: Mlp,
+        mlp: Mlp | SwiGlu,
         *,
         width: int,
         norm_eps: float = 1e-6,
@@ -70,14 +58,16 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Float[Tensor, "B S D"],
-        bias_HSS: Float[Tensor, "H S S"] | None = None,
+        bias: Float[Tensor, "H S S"] | Float[Tensor, "B H S S"] | None = None,
         visible_BS: Bool[Tensor, "B S"] | None = None,
+        rope: Float[Tensor, "S P 2"] | Float[Tensor, "B S P 2"] | None = None,
+        place: Place | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Transform tokens; see `Attention.forward` for the optional arguments."""
         if self.norm_order == "pre":
-            x_BSD = x_BSD + self._branch(self.attn(self.norm1(x_BSD), bias_HSS, visible_BS), self.gamma_1)
+            x_BSD = x_BSD + self._branch(self.attn(self.norm1(x_BSD), bias, visible_BS, rope, place), self.gamma_1)
             return x_BSD + self._branch(self.mlp(self.norm2(x_BSD)), self.gamma_2)
-        x_BSD = x_BSD + self._branch(self.norm1(self.attn(x_BSD, bias_HSS, visible_BS)), self.gamma_1)
+        x_BSD = x_BSD + self._branch(self.norm1(self.attn(x_BSD, bias, visible_BS, rope, place)), self.gamma_1)
         return x_BSD + self._branch(self.norm2(self.mlp(x_BSD)), self.gamma_2)
 
     def _branch(self, branch_BSD: Tensor, gamma_D: Tensor | None) -> Tensor:
