@@ -7,7 +7,7 @@ know the data first (how many classes there are) derives it from `TaskConfig` in
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -51,7 +51,7 @@ class Task(nn.Module):
     frozen: tuple[nn.Module, ...] = ()
     trained_part: TrainedPart | None = None
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Any:  # not Self: the run-time checks of shapes do not take it
         """Switch to training behaviour, but for what is frozen."""
         super().train(mode)
         for module in self.frozen:
