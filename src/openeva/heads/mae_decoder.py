@@ -110,9 +110,13 @@ class MaeStudent(nn.Module):
         """Repeated layers: the units of sharding and of block-wise compilation."""
         return [*getattr(self.backbone, "blocks", []), *self.decoder.blocks]
 
+    def encoder_flops(self) -> float:
+        """The backbone's share of `flops`."""
+        return float(self.backbone.flops(self.num_visible))
+
     def flops(self, num_masked: int) -> float:
         """FLOPs of one forward pass of one image of which `num_masked` patches are predicted."""
-        return float(self.backbone.flops(self.num_visible)) + self.decoder.flops(self.num_visible, num_masked)
+        return self.encoder_flops() + self.decoder.flops(self.num_visible, num_masked)
 
 
 class MaeDecoder(nn.Module):

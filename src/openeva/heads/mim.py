@@ -64,6 +64,10 @@ class MimStudent(nn.Module):
         """Repeated layers: the units of sharding and of block-wise compilation."""
         return list(getattr(self.backbone, "blocks", []))
 
+    def encoder_flops(self) -> float:
+        """The backbone's share of `flops`."""
+        return self.backbone.flops()
+
     def flops(self, num_masked: int) -> float:
         """FLOPs of one forward pass of one image of which `num_masked` patches are predicted."""
-        return self.backbone.flops() + 2.0 * num_masked * self.head.in_features * self.head.out_features
+        return self.encoder_flops() + 2.0 * num_masked * self.head.in_features * self.head.out_features

@@ -30,6 +30,7 @@ from openeva.engine.distributed import sum_over_processes, unwrap
 from openeva.engine.timing import section
 from openeva.heads.mae_decoder import MaeDecoderConfig, MaeStudent
 from openeva.heads.mim import MimStudent, NoDecoder
+from openeva.layers.flops import training_passes
 from openeva.targets.base import Target
 from openeva.tasks.base import Batch, Task
 
@@ -181,8 +182,9 @@ class PretrainTask(Task):
         return {"held_out_loss": (sum_over_processes(total) / sum_over_processes(count)).item()}
 
     def flops_per_sample(self) -> float:
-        """Three forward passes of the student (predicting at masked patches), one of the teacher."""
-        return 3 * self.student.flops(self.masking.max_masked) + self.target.flops()
+        """Three forward passes of what learns of the student (predicting at masked patches), one of the teacher."""
+        frozen = (3 - training_passes(self.backbone)) * self.student.encoder_flops()
+        return 3 * self.student.flops(self.masking.max_masked) - frozen + self.target.flops()
 
     def identity(self) -> dict[str, Any]:
         """A checkpoint continues only with the same target."""
