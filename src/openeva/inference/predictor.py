@@ -6,10 +6,10 @@ images -> `find_images` -> pixels (threads) -> the model's own evaluation view -
 Source: spec section 7: images are seen as in the official evaluation of these weights (`transforms_for`).
 """
 
-import json
 import os
+import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,16 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone, Features
-from openeva.checkpoints.native import CONFIG_FILE
-from openeva.checkpoints.pretrained import resolve
-from openeva.data.views import Crop, CropConfig, normalise
+from openeva.data.views import normalise
 from openeva.engine.distributed import start
 from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
 from openeva.heads.classifier import ImageClassifier
 from openeva.inference.classes import ClassNames, class_names
 from openeva.inference.inputs import FoundImage, ImageError, ImageInput, find_images
 from openeva.inference.maps import MAPS, MapKind
-from openeva.models import load_checkpoint
+from openeva.models import load_checkpoint, transforms_for
 
 Weights = str | Path | ImageClassifier | Backbone
 """What to answer with: official name, run, model folder or file; or a model that is there already."""
@@ -147,13 +145,13 @@ class Predictor:
         self.batch_size = batch_size
         self.device = start(device).device
         self.precision = resolve_precision(precision, self.device)
-        model, config = load_model(weights, image_size)
+        model = load_model(weights, image_size)
         self.model = model.to(self.device).eval()
         self.backbone = backbone_of(model)
-        self.crop = evaluation_crop(model)
+        self.transform = transforms_for(model).evaluate
         self.classes: ClassNames | None = None
         if isinstance(model, ImageClassifier):
-            self.classes = class_names(model.num_classes, config)
+            self.classes = class_names(model.num_classes, config_of(model))
         self.topk = topk
 
     def __call__(
@@ -214,11 +212,11 @@ class Predictor:
         except ImageError as error:
             return error
         rows, columns = pixels_YXC.shape[:2]
-        return self.crop.cut(pixels_YXC, Crop(0, 0, rows, columns, flip=False), self.backbone.image_size)
+        crop = self.transform.crop
+        return crop.cut(pixels_YXC, crop.draw(rows, columns, random.Random(0)), self.transform.image_size)
 
     def _answer(self, view_BCYX: UInt8[Tensor, "B 3 Y X"], wanted: Wanted) -> list[Prediction]:
-        statistics = self.backbone.normalisation
-        image_BCYX = normalise(view_BCYX.to(self.device), statistics.mean, statistics.std)
+        image_BCYX = normalise(view_BCYX.to(self.device), self.transform.mean, self.transform.std)
         with torch.no_grad(), self._autocast(), _features_of(self.backbone, wanted.layers) as seen:
             classifier = self.model if isinstance(self.model, ImageClassifier) else None
             pooled_BD = self.model(image_BCYX).pooled if classifier is None else classifier.pool(image_BCYX)
@@ -300,22 +298,19 @@ def checked(predictions: Iterable[Prediction], on_error: Literal["raise", "retur
         yield prediction
 
 
-def load_model(
-    weights: Weights, image_size: int | tuple[int, int] | None = None
-) -> tuple[ImageClassifier | Backbone, dict[str, Any]]:
-    """A model and the config that was stored with its weights (empty where there is none)."""
+def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None) -> ImageClassifier | Backbone:
+    """The model of an address, or the one that is given.
+
+    Raises:
+        ConfigError: The weights are unknown or out of reach.
+        ValueError: They do not fit, or a size is asked of a model that is there already.
+    """
     if isinstance(weights, nn.Module):
         if image_size is not None:
             raise ValueError("image_size is for weights that are loaded here; build the model with it instead")
-        return weights, {}
-    overrides = {} if image_size is None else {"image_size": image_size}
-    return load_checkpoint(str(weights), **overrides), _config_of(str(weights))
-
-
-def _config_of(weights: str) -> dict[str, Any]:
-    """What openeva wrote beside weights of its own; empty for weights from elsewhere."""
-    path = resolve(weights) / CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return weights
+    overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    return load_checkpoint(str(weights), **overrides)
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -326,9 +321,9 @@ def backbone_of(model: nn.Module) -> Backbone:
     return backbone
 
 
-def evaluation_crop(model: nn.Module) -> CropConfig:
-    """How images are cut for a model in evaluation."""
-    return CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
+def config_of(model: nn.Module) -> Mapping[str, Any]:
+    """What openeva wrote beside a model's weights; empty for weights from elsewhere."""
+    return getattr(getattr(model, "origin", None), "config", {})
 
 
 @contextmanager
