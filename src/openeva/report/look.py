@@ -28,7 +28,7 @@ from openeva.checkpoints.load import load_into, read_model
 from openeva.checkpoints.native import is_complete
 from openeva.config import ComponentConfig
 from openeva.data.loader import EvalLoader
-from openeva.data.mixture import Mixture, Streams
+from openeva.data.mixture import HELD_OUT, Mixture, Streams
 from openeva.data.views import normalise
 from openeva.engine.distributed import World
 from openeva.engine.loop import to_device
@@ -36,6 +36,7 @@ from openeva.engine.state import Checkpoints
 from openeva.evals.masked_cosine import masks_of, predict_patches
 from openeva.tasks.pretrain import PretrainTask
 from openeva.train import Recipe, prepare
+from openeva.tune import apply_tuning
 
 LOOKED_AT = 96
 """Held-out images whose predictions are judged; the worst patches are found among them."""
@@ -154,7 +155,7 @@ def look(run: Path, recipe: Recipe, *, num_images: int, num_worst: int, progress
         OSError: The data cannot be found.
     """
     task, source = bring_back(run, recipe)
-    train, held_out = recipe.data.open()
+    train, held_out = recipe.data.open(kept=run / HELD_OUT)
     prepare(recipe.model_copy(update={"task": task.config}), task, train, World(0, 1, _device(task)), None)
     data = train if held_out is None else held_out
     if isinstance(data, Streams):
@@ -211,7 +212,8 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
     if not finished and not checkpoints.steps():
         raise NoPicturesError("it has not saved any weights yet")
     config = recipe.task
-    if "init_from" in type(config).model_fields:
+    partly = not finished and recipe.tune.mode != "all"  # then the checkpoint holds only what was trained
+    if "init_from" in type(config).model_fields and not partly:
         config = config.model_copy(update={"init_from": None})
     target = getattr(config, "target", None)
     if isinstance(target, ComponentConfig) and "cache" in type(target).model_fields:
@@ -226,9 +228,11 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
         source = "the finished model"
     else:
         step = checkpoints.steps()[-1]
-        state = {"model": get_model_state_dict(task.trainable)}
+        apply_tuning(recipe.tune, task)
+        part, tensors = task.trained_part, get_model_state_dict(task.trainable)
+        state = {"model": {name: value for name, value in tensors.items() if part is None or name in part.names}}
         load_tensors(state, checkpoint_id=checkpoints.path(step), no_dist=True)
-        task.trainable.load_state_dict(state["model"])
+        task.trainable.load_state_dict(tensors | state["model"])
         source = f"the checkpoint of step {step:,}"
     return task.to("cuda" if torch.cuda.is_available() else "cpu").eval(), source
 
