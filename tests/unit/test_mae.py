@@ -131,14 +131,25 @@ def test_flops_are_those_of_the_operators() -> None:
 
 
 def test_initial_weights() -> None:
-    """Xavier-uniform matrices: bounded by, and as wide as, sqrt(6 / (inputs + outputs))."""
-    decoder = student().decoder
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            bound = (6 / sum(module.weight.shape)) ** 0.5
-            assert 0.9 * bound < module.weight.abs().max() <= bound
-            assert not module.bias.any()
-    assert 0.01 < decoder.mask_token.std() < 0.03
+    """Xavier-uniform matrices: bounded by, and as wide as, sqrt(6 / (inputs + outputs)); tokens normal with 0.02."""
+    made = student(init="mae")
+    matrices = {name: p for name, p in made.named_parameters() if p.ndim > 1 and "token" not in name}
+    assert len(matrices) == 1 + 4 * 2 + 1 + 4 * 2 + 1
+    for name, weight in matrices.items():
+        flat = weight.flatten(1)
+        bound = (6 / sum(flat.shape)) ** 0.5
+        assert 0.9 * bound < flat.abs().max() <= bound, name
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias") and "patch_embed" not in name:
+            assert not parameter.any(), name
+    assert 0.01 < made.decoder.mask_token.std() < 0.03
+    assert 0.015 < made.backbone.cls_token.std() < 0.025
+    assert made.backbone.cls_token.abs().max() > 0.03  # not cut
+
+
+def test_blocks_of_both_parts_are_units_of_sharding(tmp_path: Path) -> None:
+    task = recipe(tmp_path, *AS_RECIPE).task.build()
+    assert task.blocks() == [*task.backbone.blocks, *task.student.decoder.blocks]
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -164,7 +175,6 @@ def test_sizes_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [(["task.backbone={name: timm, model: vit_tiny_patch16_224, weights: random}"], "use a backbone of kind vit"),
-     (["task.backbone.relative_position=shared"], "set task.backbone.relative_position=none"),
      (["task.masking.ratio=0.95"], r"leave no patch visible; lower task.masking.ratio")],
 )  # fmt: skip
 def test_parts_that_do_not_fit(changes: list[str], words: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from openeva.checkpoints.weights import digest_of_file
 from openeva.config import ComponentConfig
 from openeva.layers.attention import Attention, QkvBias
 from openeva.layers.block import Block, NormOrder
+from openeva.layers.init import truncated_normal_, xavier_normal_, xavier_uniform_
 from openeva.layers.mlp import Mlp, SwiGlu
 from openeva.layers.norm import LayerNorm
 from openeva.layers.per_grid import PerGrid
@@ -68,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 CLASSIFIER_STD = 0.02
 TOKEN_STD = 0.02
-"""Of cls, mask and positions under init: xavier."""
+"""Of cls, mask and positions under init: xavier and mae."""
 
 
 class Config(ComponentConfig):
@@ -107,8 +108,9 @@ class Config(ComponentConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     patch_grad_scale: float = Field(1.0, ge=0, le=1, description="gradient into the patch embedding; 0 freezes it")
-    init: Literal["mim", "classifier", "xavier"] = Field(
-        "mim", description="fresh weights as in EVA's pre-training, its classifiers, or EVA-02's pre-training"
+    init: Literal["mim", "classifier", "xavier", "mae"] = Field(
+        "mim",
+        description="fresh weights as in EVA's pre-training, its classifiers, EVA-02's pre-training, or EVA-L's (MAE)",
     )
     init_std: float = Field(0.02, gt=0, description="of the normal distribution that mim draws from; cut at one of it")
     activation_checkpointing: bool = False
@@ -243,11 +245,16 @@ class VisionTransformer(Backbone):
 
         "mim": linear and patch kernels, cls, mask and position tables normal with `init_std`, cut at one standard
         deviation. "classifier": the same with 0.02, not cut, but for the patch kernel, which is PyTorch's. Both divide
-        the output projections of block i (from 1) by sqrt(2 i). "xavier": see `xavier_normal_`. Biases are 0; post-norm
-        blocks start as identities (norms at 0).
+        the output projections of block i (from 1) by sqrt(2 i). "xavier": see `xavier_normal_`. "mae":
+        Xavier-uniform matrices, tokens normal with 0.02. Biases are 0; post-norm blocks start as identities (norms at
+        0).
         """
         if self.config.init == "xavier":
             self._init_xavier()
+        elif self.config.init == "mae":
+            xavier_uniform_(self.blocks)
+            self._init_patches()
+            self._init_tokens(TOKEN_STD, None)
         else:
             cut = 1.0 if self.config.init == "mim" else None
             std = self.config.init_std if cut else CLASSIFIER_STD
@@ -278,9 +285,12 @@ class VisionTransformer(Backbone):
             first = block.mlp.w12 if isinstance(block.mlp, SwiGlu) else block.mlp.fc1
             xavier_normal_(first, (factor, factor) if split and isinstance(block.mlp, SwiGlu) else (factor,))
             xavier_normal_(block.mlp.last, (factor,))
+        self._init_patches()
+        self._init_tokens(TOKEN_STD, 1.0)
+
+    def _init_patches(self) -> None:
         self.patch_embed.proj.reset_parameters()  # its bias stays PyTorch's
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        self._init_tokens(TOKEN_STD, 1.0)
 
     def _init_tokens(self, std: float, cut: float | None) -> None:
         for token in (self.cls_token, self.mask_token, self.pos_embed):
@@ -427,26 +437,6 @@ class VisionTransformer(Backbone):
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside the 1-D ones (spec section 5.1; `mask_token` is decayed)."""
         return {"pos_embed", "cls_token"}
-
-
-def truncated_normal_(tensor: Tensor, std: float, cut: float | None) -> None:
-    """Fill with normal values, cut at `cut` standard deviations; None for no cut that could be noticed."""
-    limit = 2.0 if cut is None else cut * std  # PARITY: the official limit of 2 is absolute
-    nn.init.trunc_normal_(tensor, std=std, a=-limit, b=limit)
-
-
-def xavier_normal_(layer: nn.Linear, factors: tuple[float, ...]) -> None:
-    """Fill a linear layer that stands for one or several matrices, stacked, with Xavier-normal values; biases are 0.
-
-    Args:
-        layer: Its rows are divided equally among the matrices.
-        factors: One per matrix, multiplied into its values.
-    """
-    for matrix, factor in zip(layer.weight.chunk(len(factors)), factors, strict=True):
-        nn.init.xavier_normal_(matrix)
-        matrix.mul_(factor)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def _position_bias(config: Config, where: Literal["shared", "per_block"]) -> RelativePosition | None:

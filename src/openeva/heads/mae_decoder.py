@@ -21,6 +21,7 @@ from openeva.config import Config
 from openeva.data.masking import MaskGenerator
 from openeva.layers.attention import Attention
 from openeva.layers.block import Block
+from openeva.layers.init import xavier_uniform_
 from openeva.layers.mlp import Mlp
 from openeva.layers.norm import LayerNorm
 from openeva.layers.sincos import sincos_positions
@@ -55,11 +56,6 @@ class MaeDecoderConfig(Config):
             raise ValueError(
                 f"task.decoder mae: {type(backbone).__name__} cannot encode the visible patches only; use a backbone "
                 "of kind vit, or task.decoder={name: none}"
-            )
-        if getattr(getattr(backbone, "config", None), "relative_position", "none") != "none":
-            raise ValueError(
-                "task.decoder mae: the encoder sees some patches only, and relative positions of these are not "
-                "supported; set task.backbone.relative_position=none"
             )
         if masking.max_masked >= masking.grid[0] * masking.grid[1]:
             raise ValueError(
@@ -162,10 +158,7 @@ class MaeDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw fresh weights (spec section 1.6): Xavier-uniform matrices, biases 0, mask token normal."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_uniform_(self)
         nn.init.normal_(self.mask_token, std=TOKEN_STD)
 
     def forward(
