@@ -1,16 +1,25 @@
-"""What `openeva list` shows: recipes, model variants and components, each with a line about it.
+"""What `openeva list` shows: recipes, model variants, released weights and components, each with a line about it.
 
-recipe and component files -> their first comment or docstring line -> rows. Component files are read, not imported, so
+recipe and component files -> their first comment or docstring line -> rows. Released weights are the table of
+`checkpoints/pretrained.py`. Component files are read, not imported, so
 that the list is quick, and complete where an optional package is missing.
 """
 
 import ast
+import fnmatch
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from openeva.checkpoints.pretrained import PRETRAINED, PretrainedWeights
 from openeva.config import list_recipes, recipe_folder
-from openeva.registry import FOLDERS, component_module, component_names
+from openeva.registry import FOLDERS, component_module, component_names, did_you_mean
+
+Table = tuple[str, list[str], list[tuple[str, ...]]]
+"""Title, names of columns, rows."""
+WEIGHTS_COLUMNS = ("weights", "task", "variant", "parameters", "pixels", "licence", "teacher", "top-1", "source")
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,32 @@ class Variant:
     name: str
     num_parameters: int
     dimensions: str
+
+
+def table(section: str, pattern: str = "*") -> Table:
+    """One of "recipes", "variants", "weights" (those that fit the pattern) and "components"."""
+    if section == "recipes":
+        return "Recipes", ["recipe", "what it does"], list(recipes())
+    if section == "variants":
+        rows = [(v.backbone, v.name, f"{v.num_parameters:,}", v.dimensions) for v in variants()]
+        return "Model variants", ["backbone", "variant", "parameters", "dimensions"], list(rows)
+    if section == "weights":
+        return "Released weights", list(WEIGHTS_COLUMNS), [weights_row(entry) for entry in released(pattern)]
+    return "Components", ["kind", "name", "what it is"], list(components())
+
+
+def as_json(sections: Sequence[str], pattern: str = "*") -> dict[str, list[dict[str, Any]]]:
+    """The same as plain values, with all that is known about weights."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for section in sections:
+        if section == "weights":
+            found[section] = [weights_facts(entry) for entry in released(pattern)]
+        elif section == "variants":
+            found[section] = [vars(variant) for variant in variants()]
+        else:
+            _, columns, rows = table(section)
+            found[section] = [dict(zip(columns, row, strict=True)) for row in rows]
+    return found
 
 
 def recipes() -> list[tuple[str, str]]:
@@ -48,6 +83,46 @@ def variants() -> list[Variant]:
             dimensions = ", ".join(f"{key} {value}" for key, value in values.items())
             found.append(Variant(backbone, name, sum(p.numel() for p in model.parameters()), dimensions))
     return sorted(found, key=lambda variant: (variant.backbone, variant.num_parameters))
+
+
+def released(pattern: str = "*") -> list[PretrainedWeights]:
+    """Released weights whose official name, variant or timm name fits a wildcard or holds a word, in any case.
+
+    Raises:
+        ValueError: Nothing fits.
+    """
+    wildcard = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
+
+    def fits(*names: str) -> bool:
+        return any(fnmatch.fnmatchcase(name.lower(), wildcard.lower()) for name in names)
+
+    found = [entry for entry in PRETRAINED.values() if fits(entry.name, entry.variant, *entry.timm)]
+    if not found:
+        raise ValueError(f"no released weights fit {pattern!r}{did_you_mean(pattern, list(PRETRAINED))}")
+    return found
+
+
+def weights_row(entry: PretrainedWeights) -> tuple[str, ...]:
+    """Cells of `WEIGHTS_COLUMNS`; a dash for what is not known or does not apply."""
+    top1 = entry.published.get("imagenet_1k")
+    return (
+        entry.name,
+        entry.task,
+        entry.variant,
+        "-" if entry.num_parameters is None else f"{entry.num_parameters:,}",
+        str(entry.image_size),
+        entry.licence or "-",
+        entry.teacher,
+        "-" if top1 is None else f"{top1.top1:g}",
+        entry.repository or "not published",
+    )
+
+
+def weights_facts(entry: PretrainedWeights) -> dict[str, Any]:
+    """All that is known, as plain values."""
+    facts = {**vars(entry), "task": entry.task, "source": entry.source, "overrides": dict(entry.overrides)}
+    facts["published"] = {name: vars(accuracy) for name, accuracy in entry.published.items()}
+    return facts
 
 
 def _first_comment(path: Path) -> str:

@@ -20,9 +20,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from openeva.evaluate import Measurement
     from openeva.train import RunResult
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+NUMBERS = {"parameters", "pixels", "top-1", "probability", "top-1 %", "top-5 %", "right", "published"}
+"""Columns of numbers, which stand to the right."""
 PIPE_COLUMNS = 160
 """Width of tables that go to a pipe or a file, where there is no terminal to fit."""
 
@@ -203,17 +206,61 @@ def _say_outcome(result: "RunResult") -> None:
 
 @app.command()
 def evaluate(
-    run: Run,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|RECIPE",
+            help="Folder of a run, or an evaluation recipe; with --weights, evaluate/imagenet_robustness by default.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
     evals: Annotated[
         list[str] | None,
-        typer.Option("--eval", help="Name of an evaluation; may be given several times.", show_default="the recipe's"),
+        typer.Option("--eval", help="Evaluation of a run; may be given several times.", show_default="its recipe's"),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Official name, run, model folder or file.", show_default="the recipe's")
+    ] = None,
+    imagenet: Annotated[
+        Path | None,
+        typer.Option(help="Folder with ImageNet-1K and the robustness sets.", show_default="the recipe's"),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
-    """Measure a finished run, without training: its task's own held-out metrics, and evaluations."""
-    from openeva.evaluate import evaluate as measure
+    """Measure without training: a finished run on its held-out images, or weights on ImageNet and beyond.
 
-    for name, value in measure(run, evals or None, console=stdout()).items():
+    [bold]openeva evaluate --weights NAME --imagenet FOLDER[/] prints the accuracies on ImageNet-1K, V2, ReaL, A, R,
+    Sketch and ObjectNet beside the published ones.
+    """
+    from openeva import evaluate as evaluation
+
+    given = [*([target] if target and "=" in target else []), *(overrides or [])]
+    target = None if target and "=" in target else target
+    if target is not None and Path(target).is_dir() and weights is None and imagenet is None:
+        if given:
+            raise ValueError(f"a run is measured as its recipe says, not with {given[0]}; use --eval to choose what")
+        done = evaluation.measure_run(Path(target), evals or None, console=_training_console())
+    else:
+        if evals:
+            raise ValueError("--eval chooses among what a run can be measured on; a recipe lists its evals itself")
+        recipe = evaluation.load_recipe(target, given, weights=weights, imagenet=imagenet)
+        done = evaluation.measure(recipe, console=_training_console())
+    if json_file is not None and done.file is not None:
+        done.write(json_file)
+    if _training_console() is not None:
+        _show_measurement(done)
+
+
+def _show_measurement(done: "Measurement") -> None:
+    if done.rows:
+        columns = ["set", "top-1 %", "top-5 %", "right", "published", "against it"]
+        stdout().print(_table(done.weights, columns, [row.cells() for row in done.rows]))
+    for name, value in done.other_metrics().items():
         say(f"{name}: {value:.4g}")
+    for note in done.notes:
+        say(f"note: {note}")
+    say(f"written: {done.file}", style="dim")
 
 
 @app.command()
@@ -336,9 +383,9 @@ def predict(
 def config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the resolved config of a recipe as YAML, ready to be saved as a recipe."""
     from openeva.config import dump_yaml, load_config
-    from openeva.train import Recipe as RunRecipe
+    from openeva.evaluate import recipe_type
 
-    text = dump_yaml(load_config(RunRecipe, recipe, overrides or []))
+    text = dump_yaml(load_config(recipe_type(recipe), recipe, overrides or []))
     if sys.stdout.isatty():
         from rich.syntax import Syntax
 
@@ -349,22 +396,31 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("list")
 def list_command(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Which released weights: a word or wildcard.", show_default="all of them")
+    ] = None,
     recipes: Annotated[bool, typer.Option("--recipes", help="Only recipes.")] = False,
     variants: Annotated[bool, typer.Option("--variants", help="Only model variants.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Only released weights.")] = False,
     components: Annotated[bool, typer.Option("--components", help="Only components.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
 ) -> None:
-    """Show what can be named: recipes, model variants, components."""
+    """Show what can be named: recipes, model variants, released weights, components."""
     from openeva import catalogue
 
-    everything = not (recipes or variants or components)
+    if pattern is not None and (recipes or variants or components):
+        raise ValueError(f"{pattern!r} narrows released weights; give it with --weights, or alone")
+    weights = weights or pattern is not None
+    chosen = {"recipes": recipes, "variants": variants, "weights": weights, "components": components}
+    sections = [name for name, asked in chosen.items() if asked] or list(chosen)
+    if as_json:
+        import json
+
+        sys.stdout.write(json.dumps(catalogue.as_json(sections, pattern or "*"), indent=1, ensure_ascii=False) + "\n")
+        return
     console = stdout()
-    if recipes or everything:
-        console.print(_table("Recipes", ["recipe", "what it does"], catalogue.recipes()))
-    if variants or everything:
-        rows = [(v.backbone, v.name, f"{v.num_parameters:,}", v.dimensions) for v in catalogue.variants()]
-        console.print(_table("Model variants", ["backbone", "variant", "parameters", "dimensions"], rows))
-    if components or everything:
-        console.print(_table("Components", ["kind", "name", "what it is"], catalogue.components()))
+    for name in sections:
+        console.print(_table(*catalogue.table(name, pattern or "*")))
 
 
 def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> Any:
@@ -373,8 +429,9 @@ def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> A
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        number = column in {"parameters", "probability"}
-        table.add_column(column, style=None, header_style="dim", justify="right" if number else "left", no_wrap=number)
+        number = column in NUMBERS
+        fixed = number or column in {"weights", "recipe"}
+        table.add_column(column, style=None, header_style="dim", justify="right" if number else "left", no_wrap=fixed)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -409,6 +466,37 @@ def doctor(
         for check in check_recipe(recipe, overrides or []):
             show(check)
     if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("check")
+def data_check(
+    kind: Annotated[Literal["imagenet"], typer.Argument(help="What should be there.")],
+    path: Annotated[Path, typer.Argument(help="Folder that holds all sets.")],
+) -> None:
+    """Look for ImageNet-1K's validation images and the six robustness sets, and count them.
+
+    Each set is looked for under the names of its archive: [bold]imagenet[/] (or imagenet-1k, ILSVRC2012, or the folder
+    itself, with val/ in it), [bold]imagenetv2-matched-frequency-format-val[/], [bold]imagenet-a[/],
+    [bold]imagenet-r[/], [bold]sketch[/] (or imagenet-sketch), [bold]objectnet-1.0[/]. Exit status 1 when one is missing
+    or not complete.
+    """
+    from openeva.data.imagenet_layout import FACTS, SETS, survey_beneath
+
+    found = {name: survey_beneath(path, name) for name in SETS}
+    rows = [
+        (
+            FACTS[name].title, "ok" if not one.problems else "incomplete" if one.num_images else "missing",
+            f"{one.num_classes:,} of {FACTS[name].num_classes:,}", f"{one.num_images:,} of {FACTS[name].num_images:,}",
+            str(one.root) if one.num_images else "",
+        )
+        for name, one in found.items()
+    ]  # fmt: skip
+    stdout().print(_table(f"{kind} in {path}", ["set", "state", "classes", "images", "where"], rows))
+    problems = list(dict.fromkeys(problem for one in found.values() for problem in one.problems))
+    for problem in problems:
+        say(f"- {problem}")
+    if problems:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -112,10 +112,10 @@ class PretrainedWeights:
         """What they can do, for people."""
         return {
             "mim": "pre-trained",
-            "in21k": "ImageNet-21K",
-            "in1k": "ImageNet-1K",
-            "probe": "ImageNet-1K, linear probe",
-            "clip": "CLIP image tower",
+            "in21k": "IN-21K",
+            "in1k": "IN-1K",
+            "probe": "IN-1K probe",
+            "clip": "CLIP tower",
         }[self.kind]
 
 
