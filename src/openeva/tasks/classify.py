@@ -8,6 +8,7 @@ once each, on however many processes; the held-out loss is a mean over images, n
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from openeva.backbones.base import Backbone
 from openeva.backbones.vit import architecture_of
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
 from openeva.checkpoints.native import model_path
+from openeva.checkpoints.pretrained import find_entry
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
 from openeva.data.erasing import ErasingConfig
@@ -31,6 +33,7 @@ from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import gather_over_processes, mean_over_processes, sum_over_processes, unwrap
 from openeva.evals.base import Tally
 from openeva.heads.classifier import ImageClassifier, Pooling
+from openeva.layers.flops import training_passes
 from openeva.tasks.base import Batch, Task, TaskConfig
 
 HEAD = ("backbone.norm", "fc_norm", "attention_pool", "classifier")
@@ -82,9 +85,10 @@ class Config(TaskConfig):
         if not isinstance(backbone, dict) or backbone.get("name") != "vit":
             return values
         if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
-            found = architecture_of(values["init_from"])
+            found = _architecture(values["init_from"])
             backbone = {**{key: value for key, value in found.items() if key not in TRAINING_ONLY}, **backbone}
-        return {**values, "backbone": {"final_norm": values.get("pooling", "mean") != "mean", **backbone}}
+        norm = values.get("pooling", "mean") != "mean"
+        return {**values, "backbone": {"final_norm": norm, "init": "classifier", **backbone}}
 
     @model_validator(mode="after")
     def _several_classes(self) -> "Config":
@@ -120,6 +124,15 @@ class Config(TaskConfig):
             ValueError: The number of classes is not known, or the weights do not fit.
         """
         return ClassifyTask(self)
+
+
+def _architecture(address: str) -> dict[str, Any]:
+    """Dimensions of the transformer of some weights; of released ones without looking at the file."""
+    entry = None if Path(address).expanduser().exists() else find_entry(address)
+    if entry is None:
+        return architecture_of(address)
+    size = {} if entry.image_size is None else {"image_size": entry.image_size}
+    return {"variant": entry.variant, **size, **entry.overrides}
 
 
 def balanced_weights(data: Mixture | Streams, num_classes: int) -> list[float]:
@@ -268,8 +281,7 @@ class ClassifyTask(Task):
 
     def flops_per_sample(self) -> float:
         """Three forward passes of what learns; one of a frozen backbone."""
-        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        return (3 if learns else 1) * self.backbone.flops() + 6.0 * self.backbone.width * self.num_classes
+        return training_passes(self.backbone) * self.backbone.flops() + 6.0 * self.backbone.width * self.num_classes
 
     def identity(self) -> dict[str, Any]:
         """A checkpoint continues only with the same classes."""
