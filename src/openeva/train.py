@@ -18,7 +18,7 @@ from openeva.checkpoints.native import CONFIG_FILE, is_complete, save_native
 from openeva.config import Config, ConfigError, Duration, Eval, dump_yaml
 from openeva.config import Task as TaskField
 from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
-from openeva.data.mixture import Mixture, Streams
+from openeva.data.mixture import HELD_OUT, Mixture, Streams, write_held_out
 from openeva.engine import distributed
 from openeva.engine.distributed import CompileMode, Shard, Strategy, World
 from openeva.engine.ema import Ema
@@ -147,7 +147,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         split_batch(run, world)  # before anything is built
         seed_everything(run.seed)
         with scanning(console if world.is_main else None) as progress:
-            train_data, val_data = recipe.data.open(progress)
+            train_data, val_data = recipe.data.open(progress, kept=run.out / HELD_OUT)
         evals = build_evals(recipe, train_data, val_data)
         task = build_task(recipe, train_data, val_data)
         apply_tuning(recipe.tune, task)
@@ -185,7 +185,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         ) as log:  # fmt: skip
             resumed = checkpoints.load(state)  # last: whatever comes between this and the loop may use chance
             if world.is_main:
-                _write_run_files(recipe, world)
+                _write_run_files(recipe, world, val_data)
             if resumed:
                 log.say(f"continuing {run.out} after step {state.progress.step} of {lengths.total}")
                 for line in inexact(loader, checkpoints):
@@ -472,8 +472,10 @@ def _export(task: Task, state: TrainState, folder: Path, world: World, *, averag
     distributed.barrier()
 
 
-def _write_run_files(recipe: Recipe, world: World) -> None:
+def _write_run_files(recipe: Recipe, world: World, val: Mixture | None) -> None:
     recipe.run.out.mkdir(parents=True, exist_ok=True)
     (recipe.run.out / "config.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    if val is not None and recipe.data.holdout:
+        write_held_out(val, recipe.run.out / HELD_OUT)
     facts = {**environment(world.device), "processes": world.size}
     (recipe.run.out / "environment.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -29,7 +29,7 @@ def labels_of(source: Any) -> Indices:
         return np.full(len(source), -1)
     if not hasattr(source, "labels"):
         raise ValueError(
-            f"the labels of a {type(source).__name__} are only known when its images are read: class counts, balance,"
+            f"the labels of {type(source).__name__} are only known when its images are read: class counts, balance,"
             " shots and label_fraction need class folders (image_folder) or a list of labels (image_list)"
         )
     labels: Indices = source.labels()

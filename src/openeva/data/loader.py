@@ -70,11 +70,15 @@ class DataConfig(Config):
             raise ValueError("num_workers is 0 or more, or 'auto'")
         return self
 
-    def open(self, progress: Progress | None = None) -> tuple[Mixture | Streams, Mixture | None]:
+    def open(
+        self, progress: Progress | None = None, kept: Path | None = None
+    ) -> tuple[Mixture | Streams, Mixture | None]:
         """Training and held-out samples; the latter None where neither `val` nor `holdout` is given.
 
         Args:
             progress: Told about the scan of sources that must be scanned first.
+            kept: List of the labelled samples that were held out when the run began, where there is one: they stay so
+                when images are added.
 
         Raises:
             ValueError: A source is empty, or its kind does not allow what is asked.
@@ -89,7 +93,7 @@ class DataConfig(Config):
             return train, self._aligned(val, train)
         sources: list[Any] = train.sources
         if self.holdout:
-            sources, val = self._hold_out(train)
+            sources, val = self._hold_out(train, kept)
         elif val is not None:
             val = Mixture(_few(val.sources, self.val, "data.val"), val.weights)
         train = Mixture(_few(sources, self.train, "data.train"), train.weights)
@@ -101,10 +105,13 @@ class DataConfig(Config):
         if self.balance:
             raise ValueError("data.balance needs samples that are files: the classes of a stream are not known before")
 
-    def _hold_out(self, train: Mixture) -> tuple[list[Any], Mixture]:
+    def _hold_out(self, train: Mixture, kept: Path | None) -> tuple[list[Any], Mixture]:
         """Training sources without what is held out, and that."""
+        by_class = all(source.num_classes and hasattr(source, "labels") for source in train.sources)
         if isinstance(self.holdout, Path):
             parts = hold_out_listed(train.sources, self.holdout)
+        elif kept is not None and by_class and kept.is_file():
+            parts = hold_out_listed(train.sources, kept)
         else:
             parts = [hold_out(source, self.holdout) for source in train.sources]
         held = [(part, weight) for (_, part), weight in zip(parts, train.weights, strict=True) if part is not None]

@@ -19,6 +19,9 @@ from openeva.data.sampler import Indices
 from openeva.data.sources.base import Sample, Source, StreamSource
 from openeva.data.subset import Part, Subset, identity_of
 
+HELD_OUT = "held_out.csv"
+"""In a run's folder: what it held out of its training samples."""
+
 
 class Mixture:
     """Sources one after the other, each sample with an index of its own.
@@ -129,7 +132,7 @@ def balanced(data: Mixture, balance: float) -> Mixture:
     classes = [members for members in by_class(data.labels(), data.num_classes) if len(members)]
     sizes = np.array([len(members) for members in classes], float)
     weights = data.weights[0] * sizes**-balance * sizes.sum() / (sizes ** (1 - balance)).sum()
-    parts = [Subset(data, members, "one class") for members in classes]
+    parts = [Subset(data, members) for members in classes]
     return Mixture(parts, weights.tolist(), data.class_names, [*data.identity, f"balance {balance:g}"])
 
 

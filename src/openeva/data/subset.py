@@ -7,15 +7,20 @@ before labels are made few, so that runs with fewer labels are measured on the s
 """
 
 import csv
+import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from openeva.data.labels import by_class, class_names_of, labels_of, name_of
 from openeva.data.sampler import Indices, permute, seed_of
 from openeva.data.sources.base import Sample, Source, SourceConfig
+
+log = logging.getLogger(__name__)
 
 _HOLDOUT_KEY = 0x0E7A
 """The cut must not depend on the seed of a run: what one run holds out, no other may train on."""
@@ -23,7 +28,9 @@ _HOLDOUT_KEY = 0x0E7A
 
 def identity_of(source: Source) -> str:
     """What tells a source from another: its number of samples, and its own identity where it has one."""
-    return " ".join([f"{len(source)} samples", *filter(None, [getattr(source, "identity", "")])])
+    identity = getattr(source, "identity", "")
+    own = identity if isinstance(identity, str) else "; ".join(identity)
+    return " ".join([f"{len(source)} samples", *filter(None, [own])])
 
 
 class _Chosen:
@@ -75,8 +82,9 @@ class Part(_Chosen):
 class Subset(_Chosen):
     """The listed samples of a source."""
 
-    def __init__(self, source: Source, indices: Indices, what: str) -> None:
-        super().__init__(source, f"{what} of {identity_of(source)}")
+    def __init__(self, source: Source, indices: Indices) -> None:
+        digest = hashlib.blake2b(indices.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        super().__init__(source, f"chosen {digest} of {identity_of(source)}")
         self._indices = indices.astype(np.uint32) if len(source) < 2**32 else indices
 
     def __len__(self) -> int:
@@ -111,14 +119,14 @@ def hold_out(source: Source, share: float) -> tuple[Source, Source]:
     chosen = np.zeros(len(source), bool)
     for members, count in zip(classes, counts, strict=True):
         chosen[members[:count]] = True
-    return _split(source, chosen, f"{share:g} by class")
+    return _split(source, chosen)
 
 
 def hold_out_listed(sources: Sequence[Source], file: Path) -> list[tuple[Source, Source | None]]:
     """Hold out the samples that a `held_out.csv` of an earlier run names; None where a source has none of them.
 
     Raises:
-        ValueError: The file has no column `path`, names samples that are not there, or all samples of a source.
+        ValueError: The file has no column `path`, names nothing that is there, or all samples of a source.
         OSError: The file cannot be read.
     """
     with file.open(encoding="utf-8", errors="surrogateescape", newline="") as text:
@@ -134,20 +142,18 @@ def hold_out_listed(sources: Sequence[Source], file: Path) -> list[tuple[Source,
         found.update(name for name in of_all if name in names)
         if chosen.all():
             raise ValueError(f"data.holdout: {file} lists all {len(source)} images of data.train.{len(parts)}")
-        parts.append(_split(source, chosen, f"listed in {file.name}") if chosen.any() else (source, None))
+        parts.append(_split(source, chosen) if chosen.any() else (source, None))
     if missing := sorted(names - found):
         some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise ValueError(
-            f"data.holdout: {len(missing)} of the {len(names)} images that {file} lists are not among data.train"
-            f" ({some}); give the sources of the run that wrote it, or a share instead"
-        )
+        text = f"{len(missing)} of the {len(names)} images that {file} lists are not among data.train ({some})"
+        if not found:
+            raise ValueError(f"data.holdout: {text}; give the sources of the run that wrote it, or a share instead")
+        log.warning("held out: %s", text)
     return parts
 
 
-def _split(source: Source, chosen: Any, what: str) -> tuple[Source, Source]:
-    return Subset(source, np.flatnonzero(~chosen), f"not held out ({what})"), Subset(
-        source, np.flatnonzero(chosen), f"held out ({what})"
-    )
+def _split(source: Source, chosen: npt.NDArray[np.bool_]) -> tuple[Source, Source]:
+    return Subset(source, np.flatnonzero(~chosen)), Subset(source, np.flatnonzero(chosen))
 
 
 def few_labels(source: Source, config: SourceConfig, where: str) -> Source:
@@ -160,8 +166,8 @@ def few_labels(source: Source, config: SourceConfig, where: str) -> Source:
     """
     if config.shots is None and config.label_fraction is None:
         return source
-    key = "shots" if config.shots is not None else "label_fraction"
     if not source.num_classes:
+        key = "shots" if config.shots is not None else "label_fraction"
         raise ValueError(f"{where}.{key} takes images of each class, but this source has no labels")
     classes = by_class(labels_of(source), source.num_classes, seed_of(config.shots_seed))
     names = class_names_of(source)
@@ -173,4 +179,4 @@ def few_labels(source: Source, config: SourceConfig, where: str) -> Source:
         )
     counts = [config.shots or max(1, round((config.label_fraction or 1) * len(members))) for members in classes]
     chosen = np.sort(np.concatenate([members[:n] for members, n in zip(classes, counts, strict=True)]))
-    return Subset(source, chosen, f"{key} {getattr(config, key):g}, seed {config.shots_seed}")
+    return Subset(source, chosen)

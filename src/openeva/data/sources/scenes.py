@@ -147,7 +147,7 @@ class Scenes:
 
     def name_of(self, index: int) -> str:
         """Its name, without drawing it."""
-        return f"scenes/{index}"
+        return f"scenes/{self._config.seed}/{index}"
 
     def labels(self) -> npt.NDArray[np.int64]:
         """Shape of the main object of every scene; the scenes are described, not drawn."""
