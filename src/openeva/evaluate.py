@@ -14,6 +14,7 @@ from openeva.checkpoints.load import load_into
 from openeva.checkpoints.native import is_complete, read_native
 from openeva.config import Config, ConfigError, Eval, parse_yaml, validate
 from openeva.data.loader import EvalLoader, TrainLoader
+from openeva.data.mixture import HELD_OUT
 from openeva.engine import distributed
 from openeva.engine.distributed import World
 from openeva.engine.log import Record, scanning
@@ -65,7 +66,7 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
     world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     torch.manual_seed(recipe.run.seed)
     with scanning(console) as progress:
-        train_data, val_data = recipe.data.open(progress)
+        train_data, val_data = recipe.data.open(progress, kept=run / HELD_OUT)
     task = build_task(recipe, train_data, val_data).to(world.device)
     prepare(recipe, task, train_data, world, console)
     if trained:
