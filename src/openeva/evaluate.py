@@ -1,24 +1,39 @@
-"""A finished run -> evaluations, without training.
+"""Evaluations without training: of a finished run, or of any weights on data sets of their own.
 
 run folder -> recipe, task with the trained weights, loaders -> `{metric: value}`
+evaluation recipe (weights + evaluations that bring their images) -> `Classifier` -> `Measurement`
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
+from pydantic import Field
 from rich.console import Console
+from torch import Tensor, nn
 
-from openeva.checkpoints.load import load_into
-from openeva.checkpoints.native import is_complete, read_native
-from openeva.config import Config, ConfigError, Eval, parse_yaml, validate
+from openeva.backbones.base import Backbone
+from openeva.checkpoints.load import load_into, read_model
+from openeva.checkpoints.native import is_complete
+from openeva.checkpoints.pretrained import find_entry
+from openeva.config import Config, ConfigError, Eval, find_recipe, load_config, parse_yaml, read_recipe, validate
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.data.mixture import HELD_OUT
+from openeva.data.views import ViewSpec, normalise
 from openeva.engine import distributed
 from openeva.engine.distributed import World
+from openeva.engine.hardware import environment
 from openeva.engine.log import Record, scanning
-from openeva.engine.precision import Precision
+from openeva.engine.precision import Precision, PrecisionName
+from openeva.evals.base import Evaluation, needs_of
+from openeva.evals.robustness import Comparison, compare
+from openeva.heads.classifier import ImageClassifier
+from openeva.inference.classes import class_names
+from openeva.models import load_checkpoint, transforms_for
 from openeva.tasks.base import Task
 from openeva.train import Recipe, build_task, evaluate_all, held_out_loaders, prepare, train_loader
 
@@ -70,7 +85,7 @@ def open_run(run: Path, *, trained: bool = True, console: Console | None = None)
     task = build_task(recipe, train_data, val_data).to(world.device)
     prepare(recipe, task, train_data, world, console)
     if trained:
-        state_dict, _ = read_native(run / "model")
+        state_dict, _ = read_model(run / "model")
         load_into(task.trainable, state_dict)
     loaders = held_out_loaders(recipe, task, train_data, val_data, world)
     return OpenRun(recipe, task.eval(), loaders, train_loader(recipe, task, train_data, world), world)
@@ -88,13 +103,223 @@ def evaluate(run: Path, evals: Sequence[str] | None = None, *, console: Console 
         ConfigError: Not a run folder.
         ValueError: The run has no held-out data.
     """
+    return _evaluate(run, evals, console)[0]
+
+
+def _evaluate(run: Path, evals: Sequence[str] | None, console: Console | None) -> tuple[Record, OpenRun]:
     opened = open_run(run, console=console)
     if "val" not in opened.held_out:
         raise ValueError(f"{run} has no held-out data: its recipe gives neither data.val nor data.holdout")
     configs = opened.recipe.evals if evals is None else validate(_Evals, {"evals": list(evals)}).evals
     precision = Precision(opened.recipe.run.precision, opened.world.device)
-    return evaluate_all(opened.task, [config.build() for config in configs], opened.held_out, precision)
+    built = [config.build() for config in configs]
+    return evaluate_all(opened.task, built, opened.held_out, precision), opened
 
 
 class _Evals(Config):
     evals: list[Eval]
+
+
+# ------------------------------------------------------------------------------------------------ weights by name
+
+
+class EvaluationConfig(Config):
+    """How to measure, and where to."""
+
+    out: Path = Field(Path("runs/evaluation"), description="folder for evaluation.json")
+    device: str = "auto"
+    precision: PrecisionName = Field("auto", description="of the forward pass")
+
+
+class EvaluationRecipe(Config):
+    """Which weights to measure on what."""
+
+    weights: str = Field(description="official name, timm's name.tag, run, model folder or file; with a classifier")
+    image_size: int | None = Field(None, gt=0, description="pixels of the model's input; the weights' own if left out")
+    evals: list[Eval] = Field(min_length=1, description="such as robustness, or topk with a source")
+    run: EvaluationConfig = EvaluationConfig()
+
+
+def recipe_type(name: str) -> type[Recipe] | type[EvaluationRecipe]:
+    """What a recipe (a shipped one, or a path) describes: a run, or an evaluation without one.
+
+    Raises:
+        ConfigError: No such recipe.
+    """
+    content = read_recipe(find_recipe(name))
+    return EvaluationRecipe if "weights" in content and "data" not in content else Recipe
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured.
+
+    Attributes:
+        weights: Name or address of the model.
+        metrics: By name; accuracies are shares.
+        rows: The robustness table, beside the published numbers; empty where it was not asked for.
+        notes: What a reader should know.
+        facts: Settings and machine, for the file.
+        file: Where it is written as JSON; None in processes that do not write.
+    """
+
+    weights: str
+    metrics: Record
+    rows: list[Comparison]
+    notes: list[str]
+    facts: Record
+    file: Path | None
+
+    def other_metrics(self) -> Record:
+        """Those that the table does not show."""
+        shown = ("imagenet_", "objectnet", "mean", "gap", "standard_")
+        return {name: value for name, value in self.metrics.items() if not (self.rows and name.startswith(shown))}
+
+    def write(self, file: Path) -> None:
+        """Write everything as JSON."""
+        content = {
+            "weights": self.weights, "metrics": self.metrics, "table": [row._asdict() for row in self.rows],
+            "notes": self.notes, **self.facts,
+        }  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+RESULTS_FILE = "evaluation.json"
+DEFAULT_RECIPE = "evaluate/imagenet_robustness"
+
+
+def load_recipe(
+    name: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    weights: str | None = None,
+    imagenet: Path | None = None,
+) -> EvaluationRecipe:
+    """An evaluation recipe, for other weights or data than it names.
+
+    Args:
+        name: Of the recipe; None = `DEFAULT_RECIPE`. A run's folder stands for its weights in that recipe.
+        overrides: As on the command line; they win.
+        weights: Instead of the recipe's; results then go to a folder of their own.
+        imagenet: Folder of the ImageNet sets, for the recipe's first evaluation.
+
+    Raises:
+        ConfigError: Anything wrong with it.
+    """
+    if name is not None and weights is None and Path(name).is_dir():
+        name, weights = None, name
+    if name is not None:
+        try:
+            find_recipe(name)
+        except ConfigError as error:
+            raise ConfigError([f"{name} is neither the folder of a run nor a recipe: {error.problems[0]}"]) from None
+    changes = [] if imagenet is None else [f"evals.0.roots={json.dumps(str(imagenet))}"]
+    if weights is not None:
+        out = Path("runs") / f"evaluation-{Path(weights).stem}"
+        changes += [f"weights={json.dumps(weights)}", f"run.out={json.dumps(str(out))}"]
+    return load_config(EvaluationRecipe, name or DEFAULT_RECIPE, [*changes, *overrides])
+
+
+class Classifier(nn.Module):
+    """A trained classifier as evaluations ask for it, without a task: there is nothing to train.
+
+    Attributes:
+        class_names: By label.
+        crop: How these weights want images cut.
+    """
+
+    def __init__(self, model: ImageClassifier, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.class_names = list(names)
+        self.crop = transforms_for(model).evaluate.crop
+
+    @property
+    def backbone(self) -> Backbone:
+        """The image encoder."""
+        return self.model.backbone
+
+    def view_spec(self, *, train: bool) -> ViewSpec:
+        """Images of the backbone's size."""
+        return ViewSpec(self.backbone.image_size)
+
+    def logits(self, image_BCYX: UInt8[Tensor, "B C Y X"]) -> Float[Tensor, "B V"]:
+        """Logits of images as the loader gives them, not normalised."""
+        statistics = self.backbone.normalisation
+        return self.model(normalise(image_BCYX, statistics.mean, statistics.std)).float()
+
+
+def open_classifier(weights: str, image_size: int | None = None) -> Classifier:
+    """A classifier by the address of its weights.
+
+    Raises:
+        WeightsError: Nothing there.
+        ValueError: They do not fit, or hold no classifier.
+    """
+    size: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    model = load_checkpoint(weights, **size)
+    if not isinstance(model, ImageClassifier):
+        raise ValueError(
+            f"weights {weights} hold no classifier; evaluate ones that were fine-tuned (`openeva list --weights`)"
+        )
+    origin = getattr(model, "origin", None)
+    return Classifier(model, class_names(model.num_classes, origin.config if origin else None).names)
+
+
+def published_row(weights: str) -> dict[str, float]:
+    """Published top-1 accuracies of some weights in percent, by benchmark; empty where there are none."""
+    entry = find_entry(weights)
+    return {} if entry is None else {name: accuracy.top1 for name, accuracy in entry.published.items()}
+
+
+def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measurement:
+    """Do an evaluation recipe (collective under `torchrun`), and write its results.
+
+    Raises:
+        ConfigError: Data is missing, or an evaluation needs a run with its training data.
+        ValueError: The weights do not fit.
+    """
+    world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
+    try:
+        evals: list[Evaluation] = [config.build() for config in recipe.evals]  # first: it looks for the data
+        unfit = [c.name for c, e in zip(recipe.evals, evals, strict=True) if needs_of(e) - {"logits"}]
+        if unfit:
+            text = "measured on the images of a run: evaluate a run, or give it images of its own (topk: source)"
+            raise ConfigError([f"evals: {name} is {text}" for name in unfit])
+        task = open_classifier(recipe.weights, recipe.image_size).to(world.device).eval()
+        if console is not None and world.is_main:
+            console.print(f"{recipe.weights} on {world.size} x {world.device}", highlight=False, markup=False)
+        metrics: Record = {}
+        with torch.no_grad(), Precision(recipe.run.precision, world.device).autocast():
+            for evaluation in evals:
+                metrics.update(evaluation.run(task, {}))
+        notes = [note for evaluation in evals for note in getattr(evaluation, "notes", lambda _: [])(task)]
+        facts = {"recipe": recipe.model_dump(mode="json"), **_machine(world)}
+        return _finished(recipe.weights, metrics, notes, facts, recipe.run.out, world)
+    finally:
+        distributed.stop()
+
+
+def measure_run(run: Path, evals: Sequence[str] | None = None, *, console: Console | None = None) -> Measurement:
+    """`evaluate` with a table where the robustness sets are among the evaluations; the results are written to the run.
+
+    Raises:
+        ConfigError: Not a run folder.
+        ValueError: The run has no held-out data.
+    """
+    metrics, opened = _evaluate(run, evals, console)
+    facts = {"recipe": opened.recipe.model_dump(mode="json"), **_machine(opened.world)}
+    return _finished(str(run), metrics, [], facts, run, opened.world)
+
+
+def _machine(world: World) -> Record:
+    return {"environment": environment(world.device), "processes": world.size}
+
+
+def _finished(weights: str, metrics: Record, notes: list[str], facts: Record, out: Path, world: World) -> Measurement:
+    file = out / RESULTS_FILE if world.is_main else None
+    done = Measurement(weights, metrics, compare(metrics, published_row(weights)), notes, facts, file)
+    if file is not None:
+        done.write(file)
+    return done

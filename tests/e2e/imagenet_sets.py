@@ -7,6 +7,7 @@ so that every hit can be worked out by hand.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,11 +101,11 @@ class Colours(nn.Module):
 
     class_names = tuple(map(str, range(1000)))
 
-    def __init__(self, image_size: int = SIZE, dynamic_size: bool = False) -> None:
+    def __init__(self, image_size: int = SIZE, **config: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
         self.backbone = nn.Module()
-        self.backbone.dynamic_size = dynamic_size
+        self.backbone.config = SimpleNamespace(**config)
         self.image_size = (image_size, image_size)
         self.seen: list[tuple[int, ...]] = []
         self.corners: list[int] = []

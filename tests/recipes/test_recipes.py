@@ -6,6 +6,7 @@ import pytest
 
 from openeva.catalogue import recipes
 from openeva.config import dump_yaml, find_recipe, list_recipes, load_config, parse_yaml, validate
+from openeva.evaluate import recipe_type
 from openeva.train import Recipe
 
 HEADER = ("Command:", "Paper:", "Expected:", "Cost:")
@@ -27,8 +28,8 @@ def test_there_are_recipes() -> None:
 
 @every_recipe
 def test_a_recipe_validates_and_its_printed_form_is_the_same_recipe(name: str) -> None:
-    config = load_config(Recipe, name)
-    assert validate(Recipe, parse_yaml(dump_yaml(config))) == config
+    config = load_config(recipe_type(name), name)
+    assert validate(recipe_type(name), parse_yaml(dump_yaml(config))) == config
 
 
 @every_recipe
@@ -45,13 +46,14 @@ def test_a_recipe_has_a_header(name: str) -> None:
 @every_recipe
 def test_the_command_in_the_header_names_this_recipe(name: str) -> None:
     header = " ".join(header_of(name))
-    named = re.findall(r"openeva train ([\w/]+)", header)
-    assert named, "the header has no `openeva train ...`"
+    command = "train" if recipe_type(name) is Recipe else "evaluate"
+    named = re.findall(rf"openeva {command} ([\w/]+)", header)
+    assert named, f"the header has no `openeva {command} ...`"
     assert {find_recipe(found) for found in named} == {find_recipe(name)}
 
 
 @every_recipe
 def test_a_run_of_a_recipe_goes_below_runs(name: str) -> None:
-    out = load_config(Recipe, name).run.out
+    out = load_config(recipe_type(name), name).run.out
     assert out.parts[0] == "runs"
     assert len(out.parts) == 2

@@ -144,6 +144,19 @@ def image_size_of(task: Any, evaluation: str) -> tuple[int, int]:
     return size
 
 
+OFFICIAL_CROP = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
+"""Of all published evaluations of EVA models: shorter side to the input size, centre, bicubic."""
+
+
+def own_crop(task: Any, loaders: Mapping[str, Any]) -> CropConfig:
+    """How a model's held-out images are cut: as those of its run, as its weights want it, or as the official ones."""
+    identity = getattr(loaders.get("val"), "identity", None)
+    if identity is not None:
+        return CropConfig.model_validate(identity["crop"])
+    crop: CropConfig = getattr(task, "crop", OFFICIAL_CROP)
+    return crop
+
+
 def check_classes(task: Any, num_classes: int, evaluation: str) -> None:
     """Compare the classes of a task with those of some images.
 

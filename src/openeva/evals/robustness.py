@@ -34,11 +34,10 @@ from openeva.data.imagenet_layout import FACTS, SETS, SetName, survey, survey_be
 from openeva.data.sources.imagenet import Config as ImageNetConfig
 from openeva.data.sources.imagenet import ImageNet
 from openeva.data.views import CropConfig
-from openeva.evals.base import Tally, check_classes, image_size_of, source_loader
+from openeva.evals.base import OFFICIAL_CROP, Tally, check_classes, image_size_of, own_crop, source_loader
 
 Protocol = Literal["official", "standard"]
 
-OFFICIAL_CROP = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
 BILINEAR: tuple[SetName, ...] = ("v2", "objectnet")
 """PARITY: sets for which the official code has transforms of their own, with a fixed size and another kernel."""
 OFFICIAL_SIZES = {"EVA-01": 336, "EVA-02": 448}
@@ -57,7 +56,7 @@ class Config(ComponentConfig):
             there).
         sets: Which ones; default: all, or those that `roots` names, and ReaL where 1K is among them.
         protocol: See the module's text.
-        crop: How "standard" cuts images; default: as the run's held-out images, else as "official" does.
+        crop: How "standard" cuts images; default: as the run's held-out images, or as the weights want it.
         official_size: Pixels of V2 and ObjectNet in "official"; default: 336, or 448 for models with rotary positions.
             Where a model takes its own size only, that is used instead (the official code then takes none).
         allow_incomplete: Measure on what is there, although images are missing.
@@ -144,7 +143,7 @@ class Robustness:
         if names == set(wordnet_ids()) and list(task.class_names) != list(wordnet_ids()):
             raise ValueError("the model's classes are not in the order of their WordNet ids, as the sets' labels are")
         metrics: dict[str, float] = {}
-        for one in self._passes(size, self._official_size(task, size), self._own_crop(loaders)):
+        for one in self._passes(size, self._official_size(task, size), self.config.crop or own_crop(task, loaders)):
             metrics.update(self._measure(task, one))
         for protocol in self._protocols:
             metrics.update(_summary(metrics, protocol))
@@ -154,7 +153,7 @@ class Robustness:
         """What a reader of the numbers should know."""
         size = image_size_of(task, self.config.name)
         official = self._official_size(task, size)
-        if "official" in self._protocols and official == size and size != (self._wanted(task),) * 2:
+        if "official" in self._protocols and official != (self._wanted(task),) * 2:
             return [
                 f"V2 and ObjectNet at the model's own {size[0]} x {size[1]} pixels: it takes no other, and the official"
                 f" code, which fixes {self._wanted(task)} there, could not have measured it"
@@ -166,18 +165,12 @@ class Robustness:
         return ("official", "standard") if self.config.protocol == "both" else (self.config.protocol,)
 
     def _wanted(self, task: Any) -> int:
-        family = "EVA-02" if getattr(task.backbone, "rope", None) is not None else "EVA-01"
-        return self.config.official_size or OFFICIAL_SIZES[family]
+        rotary = getattr(getattr(task.backbone, "config", None), "rope_grid", None) is not None
+        return self.config.official_size or OFFICIAL_SIZES["EVA-02" if rotary else "EVA-01"]
 
     def _official_size(self, task: Any, own: tuple[int, int]) -> tuple[int, int]:
-        return (self._wanted(task),) * 2 if getattr(task.backbone, "dynamic_size", False) else own
-
-    def _own_crop(self, loaders: Mapping[str, Any]) -> CropConfig:
-        """How the run's held-out images are cut."""
-        if self.config.crop is not None:
-            return self.config.crop
-        identity = getattr(loaders.get("val"), "identity", None)
-        return OFFICIAL_CROP if identity is None else CropConfig.model_validate(identity["crop"])
+        any_size = getattr(getattr(task.backbone, "config", None), "dynamic_size", False)
+        return (self._wanted(task),) * 2 if any_size else own
 
     def _source(self, name: SetName, crop_border: bool = False) -> ImageNet:
         key = (name, crop_border)
@@ -279,6 +272,12 @@ class Comparison(NamedTuple):
     images: int | None
     published: float | None
     verdict: str
+
+    def cells(self) -> tuple[str, ...]:
+        """As text."""
+        right = "" if self.correct is None else f"{self.correct:,} / {self.images:,}"
+        top5, published = ("" if value is None else f"{value:.2f}" for value in (self.top5, self.published))
+        return (self.title, f"{self.top1:.2f}", top5, right, published, self.verdict)
 
 
 def compare(metrics: Mapping[str, float], published: Mapping[str, float]) -> list[Comparison]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from openeva.config import ComponentConfig
 from openeva.config import Source as SourceField
 from openeva.data.views import CropConfig
-from openeva.evals.base import Tally, check_classes, image_size_of, source_loader
+from openeva.evals.base import Tally, check_classes, image_size_of, own_crop, source_loader
 
 
 class Config(ComponentConfig):
@@ -23,9 +23,7 @@ class Config(ComponentConfig):
 
     name: str = "topk"
     source: SourceField | None = Field(None, description="images to measure on; the held-out ones when left out")
-    crop: CropConfig = Field(
-        CropConfig(kind="center", crop_pct=1.0, hflip=0.0), description="how images of `source` are cut"
-    )
+    crop: CropConfig | None = Field(None, description="of images of `source`; as the model's held-out ones if left out")
     prefix: str = Field("", description="of the metrics' names, where several of these stand in one recipe")
     batch_size: int = Field(32, gt=0, description="images of `source` per forward pass and process")
     num_workers: int | Literal["auto"] = "auto"
@@ -58,7 +56,8 @@ class TopK:
         size, rows = image_size_of(task, config.name), getattr(source, "rows", None)
         if source is not None:
             check_classes(task, 1000 if rows else source.num_classes, config.name)
-            loaders = {"val": source_loader(source, size, config.crop, config.batch_size, config.num_workers)}
+            crop = config.crop or own_crop(task, loaders)
+            loaders = {"val": source_loader(source, size, crop, config.batch_size, config.num_workers)}
         if "val" not in loaders:
             raise ValueError(f"evaluation {config.name} has no images: give it a `source`, or data.val or data.holdout")
         device, tally = next(task.parameters()).device, Tally()
