@@ -1,4 +1,4 @@
-"""The command line: `openeva demo | train | evaluate | report | convert | predict | config | list | data | doctor`.
+"""The command line: `openeva demo | train | evaluate | report | convert | predict | export | push | config | list | data | doctor`.
 
 arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 NUMBERS = {"parameters", "pixels", "top-1", "probability", "top-1 %", "top-5 %", "right", "published"}
 """Columns of numbers, which stand to the right."""
-PIPE_COLUMNS = 160
+PIPE_COLUMNS = 200
 """Width of tables that go to a pipe or a file, where there is no terminal to fit."""
 
 
@@ -374,6 +374,50 @@ def predict(
     if failed:
         say(f"{failed} of {len(job.images)} images could not be read", error=True)
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def export(
+    weights: Annotated[str, typer.Argument(metavar="MODEL", help="Official name, run, model folder or weight file.")],
+    out: Annotated[Path, typer.Argument(help="File ending in .onnx, .pt2 or .safetensors, or a model folder.")],
+    to: Annotated[
+        Literal["onnx", "torch", "safetensors"] | None, typer.Option(help="Kind.", show_default="by the ending")
+    ] = None,
+    expects: Annotated[
+        Literal["normalised", "unit", "uint8"],
+        typer.Option("--input", help="Pixels that the program takes; unit (0..1) and uint8 are normalised inside."),
+    ] = "normalised",
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of the exported model.", min=1, show_default="the weights' own")
+    ] = None,
+) -> None:
+    """Write a model as ONNX, torch.export program or safetensors, with a free batch size.
+
+    The program is run on random input and compared with the model; where they differ, nothing is written.
+    """
+    from openeva.export import export_model
+
+    for line in export_model(weights, out, to, image_size=image_size, expects=expects).lines():
+        say(line)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder or run.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: NAME/MODEL.")],
+    trained_by: Annotated[str | None, typer.Option(help="Who trained a model of your own, for the card.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the weights.", show_default="that of converted ones")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Write card and file list to this folder instead; upload nothing.")
+    ] = None,
+) -> None:
+    """Put a model on the hub, with a card that says what it is: converted or trained, from what, measured how."""
+    from openeva.hub import push_to_hub
+
+    pushed = push_to_hub(folder, repo, trained_by=trained_by, licence=licence, private=private, dry_run=dry_run)
+    for line in pushed.lines():
+        say(line)
 
 
 # ------------------------------------------------------------------------------------------------ looking around

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what is printed where, and with which exit status."""
 
 import errno
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from openeva import __version__, demo, doctor, train
 from openeva.backbones.vit import VARIANTS
+from openeva.checkpoints.pretrained import PRETRAINED
 from openeva.cli import app
 from openeva.config import find_recipe, list_recipes, load_config
 from openeva.engine.log import RunLog
@@ -212,6 +214,34 @@ def test_list_shows_every_recipe_variant_and_component() -> None:
     assert "1,011," in result.stdout, "parameters of eva_g_14"
     title = find_recipe("pretrain/demo").read_text().partition("\n")[0].removeprefix("# ")
     assert title in result.stdout.replace("\n", " ")
+
+
+def test_list_shows_released_weights_and_what_is_known_of_them() -> None:
+    shown = openeva("list", "--weights").stdout
+    assert all(name in shown for name in PRETRAINED)
+    for part in ("IN-1K", "1,013,005,672", "336", "MIT", "OpenAI CLIP ViT-L/14", "89.622", "BAAI/EVA"):
+        assert part in next(line for line in shown.splitlines() if "eva_21k_1k_336px_psz14_ema_89p6" in line)
+    assert openeva("list", "large_patch14_448").stdout.count("eva02_L") == 6  # by timm's names
+    facts = json.loads(openeva("list", "--weights", "eva_l*88p0", "--json").stdout)["weights"]
+    assert [fact["name"] for fact in facts] == ["eva_l_psz14_196px_1k_ft_88p0"]
+    assert facts[0]["published"]["imagenet_1k"]["top1"] == 88.0
+    assert facts[0]["source"] == "BAAI/EVA: eva_l_psz14_196px_1k_ft_88p0.pt"
+
+
+def test_list_of_nothing_is_an_error_with_a_suggestion() -> None:
+    result = openeva("list", "--weights", "eva_psz15")
+    assert result.exit_code == 2
+    assert "no released weights fit 'eva_psz15'; did you mean 'eva_psz14'" in result.stderr
+    result = openeva("list", "--recipes", "eva_psz14")
+    assert result.exit_code == 2
+    assert "--weights" in result.stderr
+
+
+def test_all_lists_can_be_read_by_programs() -> None:
+    sections = json.loads(openeva("list", "--json").stdout)
+    assert set(sections) == {"recipes", "variants", "weights", "components"}
+    assert {row["name"] for row in sections["variants"]} == set(VARIANTS)
+    assert [row["recipe"] for row in sections["recipes"]] == list_recipes()
 
 
 def test_list_can_be_narrowed() -> None:
