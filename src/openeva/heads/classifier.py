@@ -41,7 +41,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         """Pool."""
-        query_B1D = self.query.to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
+        query_B1D = self.query.to(patches_BND.dtype).expand(patches_BND.shape[0], -1, -1)
         pooled_B1D, _ = self.attn(query_B1D, patches_BND, patches_BND, need_weights=False)
         return pooled_B1D[:, 0]
 
