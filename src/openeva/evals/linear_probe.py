@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
@@ -70,6 +70,21 @@ def probe(
     """Fit on the training features and score the held-out ones.
 
     Raises:
+        ValueError: As `fit_logistic`.
+    """
+    model = fit_logistic(train_ND, label_N, folds=folds, max_iterations=max_iterations)
+    metrics = {"probe_accuracy": float((model.predict(query_BD) == answer_B).mean())}
+    if len(np.unique(label_N)) == len(np.unique(answer_B)) == 2:
+        metrics["probe_auc"] = float(roc_auc_score(answer_B, model.predict_proba(query_BD)[:, 1]))
+    return metrics
+
+
+def fit_logistic(
+    train_ND: NDArray[Any], label_N: NDArray[Any], *, folds: int = 4, max_iterations: int = 200
+) -> Pipeline:
+    """Standardisation and L2-regularised logistic regression (L-BFGS), its penalty chosen by cross-validation.
+
+    Raises:
         ValueError: The training labels have fewer than two classes, or a class has fewer samples than there are folds.
     """
     classes, counts = np.unique(label_N, return_counts=True)
@@ -78,10 +93,9 @@ def probe(
             f"a linear probe needs two classes or more with at least {folds} training samples each; found"
             f" {dict(zip(classes.tolist(), counts.tolist(), strict=True))}"
         )
-    binary = len(classes) == 2
     regression = LogisticRegressionCV(
         Cs=np.logspace(-5, 0, 6), cv=StratifiedKFold(folds, shuffle=True, random_state=0),
-        scoring="roc_auc" if binary else "accuracy", max_iter=max_iterations,
+        scoring="roc_auc" if len(classes) == 2 else "accuracy", max_iter=max_iterations,
         l1_ratios=(0.0,), use_legacy_attributes=False,
     )  # fmt: skip
     model = make_pipeline(StandardScaler(), regression)
@@ -89,7 +103,13 @@ def probe(
     with warnings.catch_warnings(), threadpool_limits(1 if small else None):
         warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties need not converge to be compared
         model.fit(train_ND, label_N)
-    metrics = {"probe_accuracy": float((model.predict(query_BD) == answer_B).mean())}
-    if binary and len(np.unique(answer_B)) == 2:
-        metrics["probe_auc"] = float(roc_auc_score(answer_B, model.predict_proba(query_BD)[:, 1]))
-    return metrics
+    return model
+
+
+def as_linear(model: Pipeline) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`(weight [V, D], bias [V])` of a linear layer whose softmax gives the probabilities of `fit_logistic`'s model."""
+    scaler, regression = model.steps[0][1], model.steps[1][1]
+    weight_VD, bias_V = regression.coef_ / scaler.scale_, regression.intercept_
+    if len(weight_VD) == 1:  # two classes share one row: its half for one, and against the other
+        weight_VD, bias_V = np.concatenate([-weight_VD, weight_VD]) / 2, np.concatenate([-bias_V, bias_V]) / 2
+    return weight_VD, bias_V - weight_VD @ scaler.mean_
