@@ -21,11 +21,13 @@ from torchvision.transforms.v2 import functional as tv
 
 from openeva.backbones.base import Backbone, Normalisation
 from openeva.checkpoints.files import read_state_dict, write_state_dict
+from openeva.checkpoints.load import LoadReport
 from openeva.checkpoints.native import WEIGHTS_FILE, save_native
 from openeva.data.views import normalise
 from openeva.heads.classifier import ImageClassifier
 from openeva.inference.classes import class_names
 from openeva.inference.predictor import Weights, backbone_of, config_of, load_model
+from openeva.models import Origin
 
 To = Literal["onnx", "torch", "safetensors"]
 Expects = Literal["normalised", "unit", "uint8"]
@@ -102,12 +104,18 @@ def export_model(
     model = load_model(weights, image_size).cpu().eval()
     if kind == "safetensors":
         return Exported(_write_weights(model, path), 0.0)
-    program = _Program(model, expects)
+    program = _Program(model, expects).eval()
     export = _to_onnx if kind == "onnx" else _to_torch
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        call = export(program, Path(folder) / path.name)
-        difference = _largest_difference(program, call)
+        try:
+            call = export(program, Path(folder) / path.name)
+            difference = _largest_difference(program, call)
+        except ExportError:
+            raise
+        except Exception as error:  # whatever a tracer or another runtime raises
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ExportError(f"this model cannot be exported to {kind}: {reason}; nothing was written") from error
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the program itself last
         files = [file.replace(path.with_name(file.name)) for file in written]
     return Exported(files[::-1], difference, program.describe(), program.outputs)
@@ -213,8 +221,7 @@ def _largest_difference(program: _Program, call: _Call) -> float:
 
 def _write_weights(model: ImageClassifier | Backbone, path: Path) -> list[Path]:
     """A model folder of openeva, or all tensors in one file, read back and compared."""
-    prefix = "" if isinstance(model, ImageClassifier) else "backbone."
-    state_dict = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+    state_dict = native_tensors(model)
     if path.suffix == SUFFIXES["safetensors"]:
         write_state_dict(path, state_dict)
         written = path
@@ -225,6 +232,12 @@ def _write_weights(model: ImageClassifier | Backbone, path: Path) -> list[Path]:
     assert found.keys() == state_dict.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in state_dict.items())
     return [path]
+
+
+def native_tensors(model: ImageClassifier | Backbone) -> dict[str, Tensor]:
+    """All tensors under the names of openeva's model folders."""
+    prefix = "" if isinstance(model, ImageClassifier) else "backbone."
+    return {prefix + key: tensor for key, tensor in model.state_dict().items()}
 
 
 def native_config(model: ImageClassifier | Backbone) -> dict[str, Any]:
@@ -245,6 +258,11 @@ def native_config(model: ImageClassifier | Backbone) -> dict[str, Any]:
         task |= {"batch_norm": isinstance(model.classifier, nn.Sequential)}
         names = class_names(model.num_classes, config_of(model))
         task["class_names"] = list(names.names)
+    origin: Origin | None = getattr(model, "origin", None)
+    if origin is not None and origin.weights and not origin.config:
+        report: LoadReport = model.load_report  # type: ignore[assignment]
+        file = Path(origin.entry.file if origin.entry else origin.weights).name
+        kept["converted_from"] = {"file": file, "layout": report.layout, "resized": sorted(report.resized)}
     task["backbone"] = {**architecture.model_dump(mode="json"), "weights": None}
     return {**kept, "task": task}
 
