@@ -23,10 +23,14 @@ SIZE = {
     "num_classes": 0,
     "global_pool": "",
 }
+ROPE = {**SIZE, "use_rot_pos_emb": True, "ref_feat_shape": (16, 16)}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "eva": lambda: Eva(**SIZE, mlp_ratio=50 / 24),
     "eva_layer_scale": lambda: Eva(**SIZE, init_values=0.5),
     "eva_no_bias": lambda: Eva(**SIZE, qkv_bias=False),
+    "eva02_tiny": lambda: Eva(**ROPE, swiglu_mlp=True, mlp_ratio=50 / 24),
+    "eva02_base": lambda: Eva(**ROPE, swiglu_mlp=True, mlp_ratio=50 / 24, qkv_fused=False, scale_mlp=True),
+    "eva02_clip": lambda: Eva(**ROPE, swiglu_mlp=True, qkv_fused=False, scale_mlp=True, scale_attn_inner=True),
     "vit": lambda: TimmViT(**SIZE),
     "vit_layer_scale": lambda: TimmViT(**SIZE, init_values=0.5),
 }

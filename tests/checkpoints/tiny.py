@@ -78,6 +78,59 @@ def _tables(relative: str, grid: int) -> tuple[dict[str, tuple[int, int]], dict[
     return {"relative_position_bias_table": ((2 * grid - 1) ** 2 + 3, HEADS)}, index
 
 
+def official_eva02(
+    *,
+    sub_norm: bool,
+    head: str = "mim",
+    grid: int = 4,
+    rope: str = "all",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """EVA-02: base and large with sub-LN (separate matrices), tiny and small without.
+
+    `rope`: tables in the model and every "all" block, the "old" ones with an axis per axis of the grid, or "none".
+    """
+    weights = official(grid=grid, head=head, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for i in range(DEPTH):
+        block = f"blocks.{i}."
+        for layer in ("fc1", "fc2"):
+            del weights[f"{block}mlp.{layer}.weight"], weights[f"{block}mlp.{layer}.bias"]
+        shapes: dict[str, tuple[int, ...]] = {"w3.weight": (WIDTH, HIDDEN), "w3.bias": (WIDTH,)}
+        if sub_norm:
+            qkv = weights.pop(f"{block}attn.qkv.weight").chunk(3)
+            weights |= {f"{block}attn.{n}_proj.weight": part.clone() for n, part in zip("qkv", qkv, strict=True)}
+            shapes |= {f"w{n}.weight": (HIDDEN, WIDTH) for n in (1, 2)} | {f"w{n}.bias": (HIDDEN,) for n in (1, 2)}
+            shapes |= {"ffn_ln.weight": (HIDDEN,), "ffn_ln.bias": (HIDDEN,)}
+        else:
+            shapes |= {"w12.weight": (2 * HIDDEN, WIDTH), "w12.bias": (2 * HIDDEN,)}
+        for name, shape in shapes.items():
+            weights[f"{block}mlp.{name}"] = torch.randn(shape, generator=generator).to(dtype)
+    if rope != "none":
+        table = _rope(grid).to(dtype)
+        if rope == "old":
+            table = table.unflatten(1, (grid, grid))
+        for module in ("rope.", *(f"blocks.{i}.attn.rope." for i in range(DEPTH))):
+            weights |= {f"{module}freqs_cos": table[0].clone(), f"{module}freqs_sin": table[1].clone()}
+    return weights
+
+
+def _rope(grid: int, pretrain_grid: int = 16) -> Tensor:
+    """Written down from section 4.2 of the specification, one entry after the other."""
+    half = WIDTH // HEADS // 2
+    rows = []
+    for row in range(grid):
+        for column in range(grid):
+            angles = []
+            for place in (row, column):
+                for k in range(half // 2):
+                    omega = torch.tensor(1.0) / 10000.0 ** (torch.tensor(2.0 * k) / half)
+                    angles += 2 * [torch.tensor(float(place)) / grid * pretrain_grid * omega]
+            rows.append(torch.stack(angles))
+    angle_NK = torch.stack(rows)
+    return torch.stack([angle_NK.cos(), angle_NK.sin()])
+
+
 def without_index(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state_dict.items() if not key.endswith("_index")}
 

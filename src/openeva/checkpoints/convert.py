@@ -12,11 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openeva.checkpoints.detect import infer_grid, infer_vit_config, prediction_width, unknown_names
+from openeva.checkpoints.detect import (
+    GATED,
+    INDEX_BUFFER,
+    infer_grid,
+    infer_vit_config,
+    prediction_width,
+    unknown_names,
+)
 from openeva.checkpoints.files import StateDict, Wrapper, write_content, write_state_dict
 from openeva.checkpoints.load import PATCH_KERNEL, LoadReport, Weights, adapt, drop_index_buffers, read_weights
 from openeva.checkpoints.native import save_native
-from openeva.checkpoints.official import to_official
+from openeva.checkpoints.official import rope_buffers, to_official
 from openeva.checkpoints.original import ORIGINAL_FILE, Outline, outline_of, read_outline, restore
 from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid
 from openeva.checkpoints.timm import to_timm
@@ -92,7 +99,11 @@ def convert(
         return report
     report.dropped |= dropped
     if to == "official":
-        write_state_dict(out, to_official(state_dict), wrapper or "model")
+        tables: StateDict = {}
+        if GATED in state_dict:  # EVA-02: the official loader wants its rotary tables in the file
+            backbone = _backbone_config(weights, state_dict, grid or grid_from, num_heads)
+            tables = rope_buffers(backbone, state_dict[PATCH_KERNEL].dtype)
+        write_state_dict(out, to_official(state_dict) | tables, wrapper or "model")
     else:
         renamed, unplaced = to_timm(state_dict)
         _move_to_dropped(report, unplaced)
@@ -145,15 +156,9 @@ def _native_config(
     outline: Outline | None,
 ) -> dict[str, Any]:
     """What can be said about a model whose training is not known; an openeva source keeps its own config."""
-    try:
-        backbone = infer_vit_config(state_dict, num_heads=num_heads, grid=grid)
-    except ValueError as error:
-        raise ValueError(f"{weights.source}: {error}") from None
     config: dict[str, Any] = {key: value for key, value in weights.config.items() if key not in ("format", "versions")}
     task = dict(config.get("task") or {"name": "pretrain"})
-    recorded = dict(task.get("backbone") or {"name": "vit"})
-    resized = {key: backbone[key] for key in ("image_size", "patch_size")}
-    task["backbone"] = {**recorded, **(resized if weights.config else backbone)}
+    task["backbone"] = _backbone_config(weights, state_dict, grid, num_heads)
     config["task"] = task
     config.setdefault("target", {"identity": None, "width": prediction_width(state_dict)})
     if weights.file is not None:
@@ -166,6 +171,23 @@ def _native_config(
     else:
         config["converted_from"]["outline"] = ORIGINAL_FILE
     return config
+
+
+def _backbone_config(
+    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+) -> dict[str, Any]:
+    """What an openeva source records about its transformer, in the new size; else what shapes and tables tell."""
+    task: Any = weights.config.get("task") or {}
+    recorded: dict[str, Any] = task.get("backbone") or {}
+    tables = {key: tensor for key, tensor in weights.state_dict.items() if INDEX_BUFFER.search(key)}
+    try:
+        num_heads = num_heads or recorded.get("num_heads")
+        inferred = infer_vit_config({**tables, **state_dict}, num_heads=num_heads, grid=grid)
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    if not weights.config:
+        return {"name": "vit", **inferred}
+    return {"name": "vit", **recorded, **{key: inferred[key] for key in ("image_size", "patch_size")}}
 
 
 def _file_name(weights: Weights) -> str:

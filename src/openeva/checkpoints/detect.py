@@ -2,7 +2,7 @@
 
 state dict -> `detect_layout` -> renamed to openeva's names (`to_openeva`) -> `infer_vit_config`
 
-Source: spec sections 1.1, 1.5 and 1.8.
+Source: spec sections 1.1, 1.5 and 1.8 of EVA-01, 4.1 and 5 of EVA-02.
 """
 
 import math
@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from openeva.checkpoints.files import StateDict
 from openeva.checkpoints.official import from_official
 from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid, square_grid
 from openeva.checkpoints.timm import from_timm, is_timm
+from openeva.layers.rope import THETA
 
 Names = Literal["openeva", "official", "timm"]
 
@@ -26,8 +28,17 @@ NUM_HEADS_OF_WIDTH = {1408: 16, 1280: 16}
 HEAD_WIDTH = 64
 """Head width of all other released models."""
 
-INDEX_BUFFER = re.compile(r"\.relative_position_(high_|width_)?index$")
+INDEX_BUFFER = re.compile(r"\.(relative_position_(high_|width_)?index|rope\.freqs_(cos|sin))$")
 """Tables that official files store and that are computed from the grid alone."""
+
+ROPE_GRID = 16
+"""Pre-training grid of all released EVA-02."""
+
+GATED = "backbone.blocks.0.mlp.w12.weight"
+"""Gate and value of SwiGLU, which only EVA-02 has (with RoPE)."""
+
+MIN_ROPE_LENGTH = 2
+"""Patches per axis that a rotary table must have to tell the angle between two of them."""
 
 _KNOWN = re.compile(
     r"""backbone\.(
@@ -35,9 +46,9 @@ _KNOWN = re.compile(
         | relative_position\.relative_position_(bias_table|bias_for_high|bias_for_width)
         | blocks\.\d+\.(
             norm[12]\.(weight|bias) | gamma_[12]
-            | attn\.(q_bias | v_bias | qkv\.(weight|bias) | proj\.(weight|bias))
+            | attn\.(q_bias | v_bias | qkv\.(weight|bias) | proj\.(weight|bias) | norm\.(weight|bias))
             | attn\.position_bias\.relative_position_(bias_table|bias_for_high|bias_for_width)
-            | mlp\.fc[12]\.(weight|bias)))
+            | mlp\.(fc[12] | w12 | w3 | norm)\.(weight|bias)))
     | head\.(weight|bias) | fc_norm\.(weight|bias)
     | classifier\.(weight | bias | 0\.(running_mean|running_var|num_batches_tracked) | 1\.(weight|bias))
     | decoder\.(mask_token | pos_embed | (embed|norm|pred)\.(weight|bias) | blocks\.\d+\..+)""",
@@ -51,7 +62,7 @@ class Layout:
 
     Attributes:
         names: Whose names they are. timm's names are the official ones, except for the layer scale of its
-            `VisionTransformer`; only a file with the latter counts as "timm".
+            `VisionTransformer` and some of EVA-02; only a file with one of these counts as "timm".
         parts: Which of openeva's parts are there, such as `("backbone", "head")`; see `official.py`.
     """
 
@@ -74,14 +85,17 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> Layout:
     else:
         names = "timm" if is_timm(state_dict) else "official"
     prefix = "backbone." if names == "openeva" else ""
-    for needed in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
-        if prefix + needed not in state_dict:
+    attention = [f"blocks.0.attn.{name}.weight" for name in ("qkv", "q_proj")]
+    mlp = [f"blocks.0.mlp.{name}.weight" for name in ("fc1", "w12", "w1", "fc1_g")]
+    for needed in (["patch_embed.proj.weight"], attention, mlp):
+        if not any(prefix + name in state_dict for name in needed):
             found = ", ".join(list(state_dict)[:4])
             raise ValueError(
-                f"not a vision transformer in a known layout: {prefix + needed} is missing (found {found}, ...); "
-                "known are openeva's own files, official EVA-01 files, and timm's Eva and VisionTransformer"
+                f"not a vision transformer in a known layout: {prefix + needed[0]} is missing (found {found}, ...); "
+                "known are openeva's own files, official EVA-01 and EVA-02 files, and timm's Eva and VisionTransformer"
             )
-    parts = {key.split(".", 1)[0] for key in _rename(state_dict, names)}
+    shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in state_dict.items()}
+    parts = {key.split(".", 1)[0] for key in _rename(shapes, names)}
     order = ("backbone", "head", "fc_norm", "classifier", "decoder")
     return Layout(names, tuple(part for part in order if part in parts) + tuple(sorted(parts - set(order))))
 
@@ -125,7 +139,7 @@ def infer_vit_config(
     shapes = {key.removeprefix("backbone."): t.shape for key, t in state_dict.items() if key.startswith("backbone.")}
     width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
     inner = shapes["blocks.0.attn.qkv.weight"][0] // 3
-    relative_position = _relative_position(shapes)
+    relative_position, swiglu = _relative_position(shapes), GATED in state_dict
     num_heads = num_heads or _num_heads(shapes, width, inner)
     if inner % num_heads:
         raise ValueError(f"{num_heads} heads do not divide the {inner} channels of q; pass the right num_heads")
@@ -141,7 +155,7 @@ def infer_vit_config(
         "width": width,
         "depth": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
         "num_heads": num_heads,
-        "mlp_hidden": shapes["blocks.0.mlp.fc1.weight"][0],
+        "mlp_hidden": shapes["blocks.0.mlp.w12.weight"][0] // 2 if swiglu else shapes["blocks.0.mlp.fc1.weight"][0],
         "qkv_bias": "qv"
         if "blocks.0.attn.q_bias" in shapes
         else "full"
@@ -151,6 +165,11 @@ def infer_vit_config(
         "relative_position": relative_position,
         "final_norm": "norm.weight" in shapes,
     }
+    if swiglu:
+        config["mlp"] = "swiglu"
+        config["rope_grid"] = _rope_grid(state_dict) or ROPE_GRID
+    if "blocks.0.mlp.norm.weight" in shapes:
+        config["sub_norm"] = "mlp_attention" if "blocks.0.attn.norm.weight" in shapes else "mlp"
     if inner != width:
         config["head_width"] = inner // num_heads
     if "blocks.0.gamma_1" in shapes:
@@ -197,10 +216,29 @@ def _relative_position(shapes: Mapping[str, Any]) -> str:
     return next((kind for kind, key in kinds.items() if key in shapes), "none")
 
 
+def _rope_grid(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Pre-training grid by the stored rotary tables: by the last row's angle at the lowest frequency.
+
+    Older tables have axes for rows and columns of patches, newer ones have one for both and are of square grids.
+    """
+    cos, sin = (state_dict.get(f"backbone.rope.freqs_{name}") for name in ("cos", "sin"))
+    if cos is None or sin is None:
+        return None
+    cos_NK, sin_NK = cos.flatten(0, -2).float(), sin.flatten(0, -2).float()
+    length, half = math.isqrt(len(cos_NK)), cos_NK.shape[1] // 2
+    if length < MIN_ROPE_LENGTH:
+        return None
+    patch = (length - 1) * length
+    angle = math.atan2(sin_NK[patch, half - 1].item(), cos_NK[patch, half - 1].item())
+    return round(angle * THETA ** (1 - 2 / half) * length / (length - 1))
+
+
 def _num_heads(shapes: Mapping[str, Any], width: int, inner: int) -> int:
     tables = [shape for key, shape in shapes.items() if "relative_position_bias_" in key]
     if tables:
         return tables[0][1]
+    if "rope.freqs_cos" in shapes:
+        return inner // shapes["rope.freqs_cos"][-1]
     if inner == width and width in NUM_HEADS_OF_WIDTH:
         return NUM_HEADS_OF_WIDTH[width]
     if inner % HEAD_WIDTH:

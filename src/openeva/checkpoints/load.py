@@ -31,6 +31,7 @@ from openeva.checkpoints.resize import (
 from openeva.registry import did_you_mean
 
 INDEX_REASON = "index table, computed from the grid"
+ROPE_REASON = "rotary table, computed from the grid"
 
 DROPPABLE = {
     "backbone.mask_token": "the model has no mask token",
@@ -194,9 +195,9 @@ def _read_base(base: Base, path: Path, grid: Grid | None) -> StateDict:
 
 
 def drop_index_buffers(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict[str, str]]:
-    """Part the weights from the stored index tables: (weights, name of each table -> why it is dropped)."""
+    """Part the weights from stored index and rotary tables: (weights, name of each table -> why it is dropped)."""
     kept = {key: tensor for key, tensor in state_dict.items() if not INDEX_BUFFER.search(key)}
-    return kept, {key: INDEX_REASON for key in state_dict if key not in kept}
+    return kept, {key: ROPE_REASON if ".rope." in key else INDEX_REASON for key in state_dict if key not in kept}
 
 
 def load_into(

@@ -129,7 +129,7 @@ def resize_decoupled_relative_position_table(
     return torch.cat([(spline @ table_RH[:-NUM_CLS_ROWS].double()).float(), table_RH[-NUM_CLS_ROWS:].float()])
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _spline(length_from: int, length_to: int, *, decoupled: bool) -> Float[Tensor, "to from"]:
     """The matrix that takes values at one axis' offsets to values at the offsets of another length.
 

@@ -108,7 +108,8 @@ class RelativePositionBias(RelativePosition):
         self.indices = PerGrid()
 
     def _bias(self, grid: Grid) -> Tensor:
-        table_RH, index_SS = self.relative_position_bias_table, self.index_SS
+        table_RH: Tensor = self.relative_position_bias_table
+        index_SS = self.index_SS
         if grid != self.grid:
             assert self.resize is not None
             table_RH = self.resize(table_RH, self.grid, grid)
@@ -139,7 +140,8 @@ class DecoupledRelativePositionBias(RelativePosition):
         self.indices = PerGrid()
 
     def _bias(self, grid: Grid) -> Tensor:
-        high_RH, wide_RH = self.relative_position_bias_for_high, self.relative_position_bias_for_width
+        high_RH: Tensor = self.relative_position_bias_for_high
+        wide_RH: Tensor = self.relative_position_bias_for_width
         height_SS, width_SS = self.height_index_SS, self.width_index_SS
         if grid != self.grid:
             assert self.resize is not None
