@@ -44,6 +44,13 @@ def _folder_of_images(folder: Path) -> dict[str, Any]:
     return {"roots": [folder], "labels": True}
 
 
+def _list_of_images(folder: Path) -> dict[str, Any]:
+    _folder_of_images(folder)
+    file = folder / "labels.csv"
+    file.write_text("".join(f"{p.relative_to(folder)},{p.parent.name}\n" for p in sorted(folder.rglob("*.png"))))
+    return {"file": file}
+
+
 def _shards(folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for shard in range(2):
@@ -80,6 +87,7 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
         "root": write_sets(folder) / "objectnet-1.0",
         "crop_border": True,
     },
+    ("source", "image_list"): _list_of_images,
     ("source", "scenes"): {"num_images": 8},
     ("source", "webdataset"): _shards,
     ("source", "webdataset+stream"): lambda folder: {**_shards(folder), "stream": True, "samples_per_epoch": 6},
