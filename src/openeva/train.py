@@ -28,7 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, build_optimizer
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
-from openeva.evals.base import Evaluation, needs_of, once, shared_features
+from openeva.evals.base import Evaluation, check_evals, needs_of, once, shared_features
 from openeva.tasks.base import Task, TaskConfig
 from openeva.tune import Tune, TuneAll, apply_tuning
 
@@ -150,7 +150,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
             train_data, val_data = recipe.data.open(progress, kept=run.out / HELD_OUT)
         evals = build_evals(recipe, train_data, val_data)
         task = build_task(recipe, train_data, val_data)
+        check_evals(recipe, evals, task)
         apply_tuning(recipe.tune, task)
+        check_evals(evals, task)
         task = task.to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
@@ -264,6 +266,23 @@ def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -
     if problems:
         raise ConfigError(problems)
     return evals
+
+
+def check_evals(recipe: Recipe, evals: list[Evaluation], task: Task) -> None:
+    """Whether the task can do what the evaluations ask of it.
+
+    Raises:
+        ConfigError: It is of another kind, such as one that does not classify.
+    """
+    asked = {"logits": "a task that classifies images", "targets": "a task that predicts hidden patches"}
+    problems = [
+        f"evals: {config.name} needs {asked[need]}, not {recipe.task.name}; remove it"
+        for config, evaluation in zip(recipe.evals, evals, strict=True)
+        for need in sorted(needs_of(evaluation) & set(asked))
+        if not hasattr(task, need)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def train_loader(recipe: Recipe, task: Task, data: Mixture | Streams, world: World) -> TrainLoader:
@@ -414,8 +433,9 @@ def dry_run(recipe: Recipe) -> list[str]:
     try:
         split_batch(recipe.run, world)
         train_data, val_data = recipe.data.open()
-        build_evals(recipe, train_data, val_data)
+        evals = build_evals(recipe, train_data, val_data)
         task = build_task(recipe, train_data, val_data)
+        check_evals(recipe, evals, task)
         apply_tuning(recipe.tune, task)
         loader = train_loader(recipe, task, train_data, world)
         return describe(recipe, task, loader, _Lengths(recipe, loader.steps_per_epoch), world)
@@ -425,9 +445,10 @@ def dry_run(recipe: Recipe) -> list[str]:
 
 def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World) -> None:
     """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
+    notes = {"val_crop": recipe.data.val_crop.model_dump(mode="json")}
     if state.ema is not None:  # first: where `folder` is complete, everything is
-        _export(task, state, folder.with_name(folder.name + "_ema"), world, averaged=True)
-    _export(task, state, folder, world)
+        _export(task, state, folder.with_name(folder.name + "_ema"), world, averaged=True, **notes)
+    _export(task, state, folder, world, **notes)
 
 
 def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, world: World) -> None:
@@ -451,7 +472,8 @@ def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, wor
         return metric not in best or (value < best[metric] if "loss" in metric else value > best[metric])
 
     if once(better):
-        _export(task, state, folder, world, averaged=metric.startswith("ema_"), best={metric: value})
+        notes = {"best": {metric: value}, "val_crop": recipe.data.val_crop.model_dump(mode="json")}
+        _export(task, state, folder, world, averaged=metric.startswith("ema_"), **notes)
 
 
 def _export(task: Task, state: TrainState, folder: Path, world: World, *, averaged: bool = False, **notes: Any) -> None:
