@@ -13,8 +13,10 @@ from e2e.toy import BASE, CHANCE, STUDENT, recipe, train_in_processes
 from openeva.config import ConfigError, apply_overrides
 from openeva.engine.log import read_log
 from openeva.evaluate import evaluate
+from openeva.report import write_report
+from openeva.report.look import NoPicturesError, bring_back
 from openeva.tasks.classify import ClassifyTask
-from openeva.train import Recipe, train
+from openeva.train import Recipe, dry_run, train
 
 TASK = {"name": "classify", "backbone": {**STUDENT, "patch_grad_scale": 0.0}, "class_weights": "balanced"}
 SAME = (
@@ -52,10 +54,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_two_processes_probe_with_lars_and_measure_the_same_batch_norm(tmp_path: Path) -> None:
     """Each trains with the statistics of its own images; the run ends with their mean, in both."""
-    made = classify(
-        tmp_path, "optim.name=lars", "optim.lr=1.0", "optim.clip_grad=null", "optim.ema=null",
-        pooling="cls", batch_norm=True, smoothing=0.0, class_weights="none",
-    )  # fmt: skip
+    changes = ("tune={mode: head, export: merged}", "optim.name=lars", "optim.clip_grad=null", "optim.ema=null")
+    head = {"pooling": "cls", "batch_norm": True, "smoothing": 0.0, "class_weights": "none"}
+    made = classify(tmp_path, *changes, "optim.lr=1.0", **head)
     train_in_processes(made, 2)
     records = read_log(tmp_path)
     assert [record["top1"] for record in records if "top1" in record]
@@ -129,6 +130,21 @@ def test_a_best_that_cannot_be_told_is_refused(changes: list[str], words: str, t
 def test_a_best_of_something_that_is_not_measured_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.keep_best 'top_1' is not measured; measured are top1"):
         train(classify(tmp_path, "run.keep_best=top_1", "run.length=2 steps", "run.evaluate_every=1 steps"))
+
+
+def test_an_evaluation_of_another_task_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="masked_cosine needs a task that predicts hidden patches, not classify"):
+        dry_run(classify(tmp_path, "evals=[masked_cosine, topk]"))
+    with pytest.raises(ConfigError, match="topk needs a task that classifies images, not pretrain"):
+        train(recipe(tmp_path, "evals=[masked_cosine, topk]"))
+
+
+def test_a_report_of_a_classification_has_no_pictures_of_patches(tmp_path: Path) -> None:
+    made = classify(tmp_path, "run.length=2 steps")
+    train(made)
+    with pytest.raises(NoPicturesError, match="'classify' does not predict patches"):
+        bring_back(tmp_path, made)
+    assert "held-out" in write_report(tmp_path).read_text()
 
 
 def test_from_pre_training_to_fine_tuning(tmp_path: Path) -> None:

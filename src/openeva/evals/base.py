@@ -3,7 +3,7 @@
 A file in this folder holds one evaluation: `class Config(ComponentConfig)` whose `build()` returns an `Evaluation`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -41,8 +41,21 @@ class Evaluation(Protocol):
 
 
 def needs_of(evaluation: Evaluation) -> frozenset[str]:
-    """What it asks for: "labels", "train" (images that can be read by number), "logits" (a task that classifies)."""
+    """What it asks of the data ("labels", "train": images that can be read by number) and the task.
+
+    "logits" = a task that classifies, "targets" = one that predicts hidden patches.
+    """
     return frozenset(getattr(evaluation, "needs", ()))
+
+
+def check_evals(evals: Sequence[Evaluation], task: Any) -> None:
+    """Ask evaluations whether they can measure a task, before it is trained: those that care have `check(task)`.
+
+    Raises:
+        ValueError: One cannot.
+    """
+    for evaluation in evals:
+        getattr(evaluation, "check", lambda _: None)(task)
 
 
 class LabelledFeatures(NamedTuple):

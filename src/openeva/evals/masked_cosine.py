@@ -46,7 +46,7 @@ class MaskedCosine:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = frozenset({"train"} if config.baselines else ())
+        self.needs = frozenset({"targets", "train"} if config.baselines else {"targets"})
 
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:

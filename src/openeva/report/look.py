@@ -34,6 +34,7 @@ from openeva.engine.distributed import World
 from openeva.engine.loop import to_device
 from openeva.engine.state import Checkpoints
 from openeva.evals.masked_cosine import masks_of, predict_patches
+from openeva.tasks.base import TaskConfig
 from openeva.tasks.pretrain import PretrainTask
 from openeva.train import Recipe, prepare
 from openeva.tune import apply_tuning
@@ -212,6 +213,8 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
     if not finished and not checkpoints.steps():
         raise NoPicturesError("it has not saved any weights yet")
     config = recipe.task
+    if isinstance(config, TaskConfig):  # cannot be built without the data
+        raise NoPicturesError(f"its task {config.name!r} does not predict patches")
     partly = not finished and recipe.tune.mode != "all"  # then the checkpoint holds only what was trained
     if "init_from" in type(config).model_fields and not partly:
         config = config.model_copy(update={"init_from": None})
