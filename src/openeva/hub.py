@@ -309,7 +309,7 @@ def _table(facts: _Facts) -> str:
         rows["Trained for"] = f"{facts.step:,} steps"
     if facts.versions:
         made = ", ".join(f"{key} {value}" for key, value in facts.versions.items() if key in {"openeva", "torch"})
-        rows["Written by"] = made + (f", revision {facts.revision}" if facts.revision else "")
+        rows["Written with"] = made + (f", revision {facts.revision}" if facts.revision else "")
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
