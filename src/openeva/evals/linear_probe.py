@@ -6,13 +6,18 @@ The strength of the penalty is chosen by cross-validation on the training labels
 feature.
 """
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import roc_auc_score
@@ -20,10 +25,14 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 
+from openeva.checkpoints.files import write_atomically
 from openeva.config import ComponentConfig
 from openeva.evals.base import extract_features, once
 
+UNSEEN = -20.0
+"""Logit of a class without training images."""
 SMALL_PRODUCT = 1e9
 """Multiply-adds of one matrix product (samples x features x classes) up to which several threads lose: a fit is
 thousands of them, and threads that meet after each wait for the one that another process keeps from a core. Two busy
@@ -80,9 +89,16 @@ def probe(
 
 
 def fit_logistic(
-    train_ND: NDArray[Any], label_N: NDArray[Any], *, folds: int = 4, max_iterations: int = 200
+    train_ND: NDArray[Any], label_N: NDArray[Any], *, folds: int = 4, max_iterations: int = 200, balanced: bool = False
 ) -> Pipeline:
     """Standardisation and L2-regularised logistic regression (L-BFGS), its penalty chosen by cross-validation.
+
+    Args:
+        train_ND: Features.
+        label_N: Their classes.
+        folds: Of the cross-validation.
+        max_iterations: Of each fit.
+        balanced: A class with few samples counts as much as one with many.
 
     Raises:
         ValueError: The training labels have fewer than two classes, or a class has fewer samples than there are folds.
@@ -96,7 +112,7 @@ def fit_logistic(
     regression = LogisticRegressionCV(
         Cs=np.logspace(-5, 0, 6), cv=StratifiedKFold(folds, shuffle=True, random_state=0),
         scoring="roc_auc" if len(classes) == 2 else "accuracy", max_iter=max_iterations,
-        l1_ratios=(0.0,), use_legacy_attributes=False,
+        l1_ratios=(0.0,), use_legacy_attributes=False, class_weight="balanced" if balanced else None,
     )  # fmt: skip
     model = make_pipeline(StandardScaler(), regression)
     small = train_ND.size * len(classes) <= SMALL_PRODUCT
@@ -113,3 +129,46 @@ def as_linear(model: Pipeline) -> tuple[NDArray[Any], NDArray[Any]]:
     if len(weight_VD) == 1:  # two classes share one row: its half for one, and against the other
         weight_VD, bias_V = np.concatenate([-weight_VD, weight_VD]) / 2, np.concatenate([-bias_V, bias_V]) / 2
     return weight_VD, bias_V - weight_VD @ scaler.mean_
+
+
+class StoredProbe:
+    """A logistic regression in a file, for a classifier to start from.
+
+    Args:
+        file: Where it is kept.
+        **depends_on: JSON values; one that was fitted with others is fitted anew.
+    """
+
+    def __init__(self, file: Path, **depends_on: Any) -> None:
+        self._file = file
+        self._key = {"depends_on": json.dumps(depends_on, sort_keys=True)}
+
+    def is_there(self) -> bool:
+        """Whether it has been fitted before."""
+        if not self._file.is_file():
+            return False
+        with safe_open(self._file, "pt") as content:
+            return bool(content.metadata() == self._key)
+
+    def fit(self, train_ND: Tensor, label_N: Tensor, *, balanced: bool) -> None:
+        """Fit and store.
+
+        Raises:
+            ValueError: A class has fewer than two images, or there is only one class.
+        """
+        counts = np.unique(label_N.numpy(), return_counts=True)[1]
+        model = fit_logistic(
+            train_ND.numpy(), label_N.numpy(), folds=int(np.clip(counts.min(), 2, 4)), balanced=balanced
+        )
+        weight_VD, bias_V = (torch.from_numpy(part).float().contiguous() for part in as_linear(model))
+        tensors = {"weight": weight_VD, "bias": bias_V, "classes": torch.from_numpy(classes)}
+        write_atomically(self._file, lambda path: save_file(tensors, path, metadata=self._key))
+
+    @torch.no_grad()
+    def copy_into(self, linear: nn.Linear) -> None:
+        """Make it the classifier; classes without training images are all but ruled out."""
+        tensors = load_file(self._file)
+        linear.weight.zero_()
+        linear.bias.fill_(UNSEEN)
+        linear.weight[tensors["classes"]] = tensors["weight"].to(linear.weight)
+        linear.bias[tensors["classes"]] = tensors["bias"].to(linear.bias)

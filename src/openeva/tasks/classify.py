@@ -7,12 +7,13 @@ once each, on however many processes; the held-out loss is a mean over images, n
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, model_validator
@@ -31,7 +32,8 @@ from openeva.data.mixture import Mixture, Streams, label_problems
 from openeva.data.mixup import MixupConfig
 from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import gather_over_processes, mean_over_processes, sum_over_processes, unwrap
-from openeva.evals.base import Tally
+from openeva.evals.base import Tally, once
+from openeva.evals.linear_probe import StoredProbe
 from openeva.heads.classifier import ImageClassifier, Pooling
 from openeva.layers.flops import training_passes
 from openeva.tasks.base import Batch, Task, TaskConfig
@@ -73,6 +75,11 @@ class Config(TaskConfig):
         None, description="run, model folder, official name or file whose weights to start from"
     )
     init_head: bool = Field(True, description="take over its classifier too, where it is for the same classes")
+    probe_first: bool = Field(
+        False,
+        description="start the classifier as a logistic regression on the frozen features of the training images"
+        " instead of at zero, so that few labels do not first distort them; for data that fit into memory",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +101,8 @@ class Config(TaskConfig):
     def _several_classes(self) -> "Config":
         if self.num_classes != "auto" and self.num_classes < 2:
             raise ValueError(f"num_classes {self.num_classes}: a classifier needs two classes or more")
+        if self.probe_first and (self.pooling == "attention" or self.batch_norm):
+            raise ValueError("probe_first is for a linear classifier on mean or cls pooling, without batch_norm")
         return self
 
     def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "Config":
@@ -206,6 +215,36 @@ class ClassifyTask(Task):
     def view_spec(self, *, train: bool) -> ViewSpec:
         """Images of the backbone's size."""
         return ViewSpec(self.backbone.image_size, mean=self.backbone.normalisation.mean)
+
+    def prepare(self, images: Iterable[Batch], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Start the classifier as a logistic regression where the recipe asks for it (`probe_first`)."""
+        if not self.config.probe_first:
+            return
+        start = StoredProbe(
+            folder / "probe.safetensors", images=getattr(images, "identity", None), init_from=self.config.init_from,
+            classes=self.class_names, pooling=self.config.pooling,
+        )  # fmt: skip
+        if not once(start.is_there):
+            pooled_ND, label_N = self._pooled(images, progress)
+            once(lambda: start.fit(pooled_ND, label_N, balanced=self.class_weight_V is not None))
+        start.copy_into(cast("nn.Linear", self.classifier.classifier))
+
+    @torch.no_grad()
+    def _pooled(self, images: Any, progress: Callable[[int], None] | None) -> tuple[Tensor, Tensor]:
+        """What the classifier sees of each image, and its label; each process looks at its share (collective)."""
+        self.eval()
+        device, found = next(self.parameters()).device, []
+        world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        statistics, done = self.backbone.normalisation, 0
+        for batch in images.part(rank=world[0], world_size=world[1]):
+            image_BCYX = normalise(batch["image"].to(device), statistics.mean, statistics.std)
+            found.append((self.classifier.pool(image_BCYX).float().cpu(), batch["label"]))
+            done += len(batch["label"]) * world[1]
+            if progress is not None:
+                progress(done)
+        self.train()
+        pooled_ND, label_N = (gather_over_processes(torch.cat(parts)) for parts in zip(*found, strict=True))
+        return torch.cat(pooled_ND), torch.cat(label_N)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of a batch, and the share of right answers where images are not mixed."""
