@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from openeva.backbones.vit import VARIANTS, Config, VisionTransformer
 from openeva.heads.mim import MimStudent
+from openeva.layers.flops import flop_counter
 from openeva.losses.cosine import negative_cosine
 
 TINY: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_every_variant_at_any_size(variant: str, image_size: Any, patch_size: in
 def test_flops_are_those_of_the_operators() -> None:
     for options in ({}, {"head_width": 24}, {"image_size": (16, 40)}, OPTIONS["EVA-02"]):
         model = tiny(**options).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             model(torch.zeros(1, 3, *model.image_size))
         assert model.flops() == counter.get_total_flops(), options
 
@@ -208,6 +208,7 @@ def test_fresh_weights_of_eva02(sub_norm: str) -> None:
     kernel, fan = model.patch_embed.proj, 3 * 8 * 8
     assert kernel.weight.abs().max().item() == pytest.approx((6 / (fan + width)) ** 0.5, rel=0.01)
     assert kernel.bias.abs().max().item() == pytest.approx(fan**-0.5, rel=0.05)
+    assert MimStudent(model, 320).head.weight.std().item() == pytest.approx((2 / (width + 320)) ** 0.5, rel=0.02)
     for token in (model.cls_token, model.mask_token, model.pos_embed):
         assert 0.019 < token.abs().max() <= 0.02
 

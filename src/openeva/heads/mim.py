@@ -2,7 +2,7 @@
 
 image[B,3,Y,X], mask[B,N] -> backbone -> patches[B,N,D] -> those asked for [M,D] -> linear -> predictions[M,V]
 
-Paper: EVA section 2.1. Source: spec sections 1.3 and 1.6.
+Paper: EVA section 2.1. Source: spec sections 1.3 and 1.6 of EVA-01, 4.3 of EVA-02.
 """
 
 from typing import Literal
@@ -46,8 +46,12 @@ class MimStudent(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.width, predict_width)
-        std = getattr(getattr(backbone, "config", None), "init_std", 0.02)
-        nn.init.trunc_normal_(self.head.weight, std=std, a=-std, b=std)
+        config = getattr(backbone, "config", None)
+        if getattr(config, "init", None) == "xavier":  # as EVA-02's pre-training
+            nn.init.xavier_normal_(self.head.weight)
+        else:
+            std = getattr(config, "init_std", 0.02)
+            nn.init.trunc_normal_(self.head.weight, std=std, a=-std, b=std)
         nn.init.zeros_(self.head.bias)
 
     def forward(
