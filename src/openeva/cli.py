@@ -1,4 +1,6 @@
-"""The command line: `openeva demo | train | evaluate | report | convert | predict | export | push | config | list | data | doctor`.
+"""The command line: `openeva demo | train | evaluate | report | convert | config | list | data | doctor`.
+
+Those that use a finished model (`predict | export | push`) are in `commands.py`.
 
 arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
@@ -11,7 +13,6 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,15 +20,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from openeva import commands
+from openeva.terminal import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, say, stdout, table
+
 if TYPE_CHECKING:
     from openeva.evaluate import Measurement
     from openeva.train import RunResult
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-NUMBERS = {"parameters", "pixels", "top-1", "probability", "top-1 %", "top-5 %", "right", "published"}
-"""Columns of numbers, which stand to the right."""
-PIPE_COLUMNS = 200
-"""Width of tables that go to a pipe or a file, where there is no terminal to fit."""
 
 
 class _Commands(TyperGroup):
@@ -70,6 +68,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="EVA as a tool: masked pre-training on real images, evaluation, and the official checkpoints.",
 )
+app.add_typer(commands.app)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
 app.add_typer(data_app, name="data")
 
@@ -86,18 +85,6 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run.", exists=True, file_
 def main() -> None:
     """Entry point of the command `openeva`."""
     app()
-
-
-def stdout() -> Console:
-    """Console for results; as wide as the terminal, or wide enough for tables where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
-
-
-def say(text: str, *, error: bool = False, style: str | None = None) -> None:
-    """Print text as it is: no markup, no wrapping, so that paths can be copied and output can be piped."""
-    console = Console(stderr=error)
-    console.print(text, markup=False, highlight=False, soft_wrap=True, style="bold red" if error else style)
 
 
 def _training_console() -> Console | None:
@@ -255,7 +242,7 @@ def evaluate(
 def _show_measurement(done: "Measurement") -> None:
     if done.rows:
         columns = ["set", "top-1 %", "top-5 %", "right", "published", "against it"]
-        stdout().print(_table(done.weights, columns, [row.cells() for row in done.rows]))
+        stdout().print(table(done.weights, columns, [row.cells() for row in done.rows]))
     for name, value in done.other_metrics().items():
         say(f"{name}: {value:.4g}")
     for note in done.notes:
@@ -302,124 +289,6 @@ def convert(
     say(f"written: {out}")
 
 
-# ------------------------------------------------------------------------------------------------ using a model
-
-
-@app.command()
-def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, patterns or URLs.")],
-    weights: Annotated[str, typer.Option(help="Official name, run, model folder or weight file.")],
-    topk: Annotated[int, typer.Option(help="Classes per image.", min=1)] = 5,
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table, a row per class.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="File for JSON or CSV, whichever it ends in.", show_default="standard output")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw where the model looks: to a file, or a folder for several images.")
-    ] = None,
-    kind: Annotated[
-        Literal["attention", "relevance"] | None,
-        typer.Option(
-            "--map", help="What the picture shows.", show_default="relevance for mean pooling, else attention"
-        ),
-    ] = None,
-    features: Annotated[Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file.")] = None,
-    patches: Annotated[bool, typer.Option("--patches", help="With one vector per patch, for --features.")] = False,
-    layers: Annotated[
-        str | None, typer.Option(help="With the output of blocks such as 3,6,-1, for --features.", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels to look at.", min=1, show_default="the weights' own")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the forward pass.")] = "auto",
-) -> None:
-    """Name what is in images, show where the model looks, write embeddings.
-
-    Broken images are named and skipped; exit status 1 says that there were some.
-    """
-    from openeva.engine.log import counting
-    from openeva.inference import Predictor, find_images, output
-
-    job = output.Job(list(find_images(images)), features, picture, kind, patches=patches, layers=layers or "")
-    written_as = output.format_of(out, json=json, csv=csv)
-    predictor = Predictor(
-        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
-    )
-    failed = 0
-    with counting(Console(stderr=True), "images", len(job.images)) as progress:
-
-        def finished(done: int, broken: str | None) -> None:
-            nonlocal failed
-            if broken is not None:
-                failed += 1
-                say(f"broken image: {broken}", error=True)
-            if progress is not None:
-                progress(done)
-
-        predictions = job.answers(predictor, finished)
-        if written_as is not None:
-            output.write(written_as, predictions, out or sys.stdout)
-        else:
-            rows = output.as_rows(predictions)
-            table = _table("", ["image", "class", "probability"], list(rows))
-    if written_as is None and predictor.classes is not None:
-        stdout().print(table)
-        say(f"class names: {predictor.classes.source}", style="dim")
-    for place in (out, features, picture):
-        if place is not None and failed < len(job.images):
-            say(f"written: {place}", error=written_as is not None)
-    if failed:
-        say(f"{failed} of {len(job.images)} images could not be read", error=True)
-        raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-def export(
-    weights: Annotated[str, typer.Argument(metavar="MODEL", help="Official name, run, model folder or weight file.")],
-    out: Annotated[Path, typer.Argument(help="File ending in .onnx, .pt2 or .safetensors, or a model folder.")],
-    to: Annotated[
-        Literal["onnx", "torch", "safetensors"] | None, typer.Option(help="Kind.", show_default="by the ending")
-    ] = None,
-    expects: Annotated[
-        Literal["normalised", "unit", "uint8"],
-        typer.Option("--input", help="Pixels that the program takes; unit (0..1) and uint8 are normalised inside."),
-    ] = "normalised",
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels of the exported model.", min=1, show_default="the weights' own")
-    ] = None,
-) -> None:
-    """Write a model as ONNX, torch.export program or safetensors, with a free batch size.
-
-    The program is run on random input and compared with the model; where they differ, nothing is written.
-    """
-    from openeva.export import export_model
-
-    for line in export_model(weights, out, to, image_size=image_size, expects=expects).lines():
-        say(line)
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Model folder or run.", exists=True, file_okay=False)],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: NAME/MODEL.")],
-    trained_by: Annotated[str | None, typer.Option(help="Who trained a model of your own, for the card.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the weights.", show_default="that of converted ones")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    dry_run: Annotated[
-        Path | None, typer.Option(help="Write card and file list to this folder instead; upload nothing.")
-    ] = None,
-) -> None:
-    """Put a model on the hub, with a card that says what it is: converted or trained, from what, measured how."""
-    from openeva.hub import push_to_hub
-
-    pushed = push_to_hub(folder, repo, trained_by=trained_by, licence=licence, private=private, dry_run=dry_run)
-    for line in pushed.lines():
-        say(line)
-
-
 # ------------------------------------------------------------------------------------------------ looking around
 
 
@@ -464,21 +333,7 @@ def list_command(
         return
     console = stdout()
     for name in sections:
-        console.print(_table(*catalogue.table(name, pattern or "*")))
-
-
-def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        number = column in NUMBERS
-        fixed = number or column in {"weights", "recipe"}
-        table.add_column(column, style=None, header_style="dim", justify="right" if number else "left", no_wrap=fixed)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+        console.print(table(*catalogue.table(name, pattern or "*")))
 
 
 @app.command()
@@ -536,7 +391,7 @@ def data_check(
         )
         for name, one in found.items()
     ]  # fmt: skip
-    stdout().print(_table(f"{kind} in {path}", ["set", "state", "classes", "images", "where"], rows))
+    stdout().print(table(f"{kind} in {path}", ["set", "state", "classes", "images", "where"], rows))
     problems = list(dict.fromkeys(problem for one in found.values() for problem in one.problems))
     for problem in problems:
         say(f"- {problem}")

@@ -254,6 +254,29 @@ def test_list_can_be_narrowed() -> None:
 # ---------------------------------------------------------------------------------------------- doctor
 
 
+def test_doctor_finds_released_weights_and_what_a_run_starts_from(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = openeva("doctor", recipe, "task.init_from=eva_psz14")
+    assert result.exit_code == 1
+    assert "task.init_from: eva_psz14: the weights of BAAI/EVA are neither in the local cache" in result.stdout
+    assert "OPENEVA_WEIGHTS: not set" in result.stdout
+    monkeypatch.setenv("OPENEVA_WEIGHTS", str(tmp_path))
+    (tmp_path / "eva_psz14.pt").touch()
+    result = openeva("doctor", recipe, "task.init_from=eva_psz14")
+    assert f"task.init_from: eva_psz14: {tmp_path / 'eva_psz14.pt'}" in result.stdout
+    assert "holds 1 of" in result.stdout
+    assert (
+        "unknown weights 'eva_psz41'; did you mean 'eva_psz14'"
+        in openeva("doctor", recipe, "task.init_from=eva_psz41").stdout
+    )
+    (tmp_path / "hub" / "models--BAAI--EVA" / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "hub" / "models--BAAI--EVA" / "snapshots" / "1" / "eva_l_psz14.pt").touch()
+    assert "BAAI/EVA is in the local cache" in openeva("doctor", recipe, "task.init_from=eva_l_psz14").stdout
+
+
 def test_doctor_looks_at_machine_data_weights_and_output(recipe: Path) -> None:
     result = openeva("doctor", recipe)
     assert result.exit_code == 0, result.output

@@ -1,0 +1,130 @@
+"""The commands that put a model to use: `openeva predict | export | push`; `cli.py` makes them part of `openeva`.
+
+arguments -> one function per command -> `inference`, `export`, `hub`, imported inside it so that `--help` stays fast
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from openeva.terminal import EXIT_FAILED, say, stdout, table
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders, patterns or URLs.")],
+    weights: Annotated[str, typer.Option(help="Official name, run, model folder or weight file.")],
+    topk: Annotated[int, typer.Option(help="Classes per image.", min=1)] = 5,
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table, a row per class.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File for JSON or CSV, whichever it ends in.", show_default="standard output")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw where the model looks: to a file, or a folder for several images.")
+    ] = None,
+    kind: Annotated[
+        Literal["attention", "relevance"] | None,
+        typer.Option(
+            "--map", help="What the picture shows.", show_default="relevance for mean pooling, else attention"
+        ),
+    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file.")] = None,
+    patches: Annotated[bool, typer.Option("--patches", help="With one vector per patch, for --features.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="With the output of blocks such as 3,6,-1, for --features.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels to look at.", min=1, show_default="the weights' own")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the forward pass.")] = "auto",
+) -> None:
+    """Name what is in images, show where the model looks, write embeddings.
+
+    Broken images are named and skipped; exit status 1 says that there were some.
+    """
+    from openeva.engine.log import counting
+    from openeva.inference import Predictor, find_images, output
+
+    job = output.Job(list(find_images(images)), features, picture, kind, patches=patches, layers=layers or "")
+    written_as = output.format_of(out, json=json, csv=csv)
+    predictor = Predictor(
+        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
+    )
+    failed = 0
+    with counting(Console(stderr=True), "images", len(job.images)) as progress:
+
+        def finished(done: int, broken: str | None) -> None:
+            nonlocal failed
+            if broken is not None:
+                failed += 1
+                say(f"broken image: {broken}", error=True)
+            if progress is not None:
+                progress(done)
+
+        predictions = job.answers(predictor, finished)
+        if written_as is not None:
+            output.write(written_as, predictions, out or sys.stdout)
+        else:
+            rows = output.as_rows(predictions)
+            answers = table("", ["image", "class", "probability"], list(rows))
+    if written_as is None and predictor.classes is not None:
+        stdout().print(answers)
+        say(f"class names: {predictor.classes.source}", style="dim")
+    for place in (out, features, picture):
+        if place is not None and failed < len(job.images):
+            say(f"written: {place}", error=written_as is not None)
+    if failed:
+        say(f"{failed} of {len(job.images)} images could not be read", error=True)
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def export(
+    weights: Annotated[str, typer.Argument(metavar="MODEL", help="Official name, run, model folder or weight file.")],
+    out: Annotated[Path, typer.Argument(help="File ending in .onnx, .pt2 or .safetensors, or a model folder.")],
+    to: Annotated[
+        Literal["onnx", "torch", "safetensors"] | None, typer.Option(help="Kind.", show_default="by the ending")
+    ] = None,
+    expects: Annotated[
+        Literal["normalised", "unit", "uint8"],
+        typer.Option("--input", help="Pixels that the program takes; unit (0..1) and uint8 are normalised inside."),
+    ] = "normalised",
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of the exported model.", min=1, show_default="the weights' own")
+    ] = None,
+) -> None:
+    """Write a model as ONNX, torch.export program or safetensors, with a free batch size.
+
+    The program is run on random input and compared with the model; where they differ, nothing is written.
+    """
+    from openeva.export import export_model
+
+    for line in export_model(weights, out, to, image_size=image_size, expects=expects).lines():
+        say(line)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder or run.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: NAME/MODEL.")],
+    trained_by: Annotated[str | None, typer.Option(help="Who trained a model of your own, for the card.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the weights.", show_default="that of converted ones")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Write card and file list to this folder instead; upload nothing.")
+    ] = None,
+) -> None:
+    """Put a model on the hub, with a card that says what it is: converted or trained, from what, measured how."""
+    from openeva.hub import push_to_hub
+
+    pushed = push_to_hub(folder, repo, trained_by=trained_by, licence=licence, private=private, dry_run=dry_run)
+    for line in pushed.lines():
+        say(line)
