@@ -29,7 +29,7 @@ from openeva.engine.distributed import World
 from openeva.engine.hardware import environment
 from openeva.engine.log import Record, scanning
 from openeva.engine.precision import Precision, PrecisionName
-from openeva.evals.base import Evaluation, needs_of
+from openeva.evals.base import Evaluation, check_fit, needs_of
 from openeva.evals.robustness import Comparison, compare
 from openeva.heads.classifier import ImageClassifier
 from openeva.inference.classes import class_names
@@ -106,14 +106,16 @@ def evaluate(run: Path, evals: Sequence[str] | None = None, *, console: Console 
     return _evaluate(run, evals, console)[0]
 
 
-def _evaluate(run: Path, evals: Sequence[str] | None, console: Console | None) -> tuple[Record, OpenRun]:
+def _evaluate(run: Path, evals: Sequence[str] | None, console: Console | None) -> tuple[Record, OpenRun, list[str]]:
     opened = open_run(run, console=console)
     if "val" not in opened.held_out:
         raise ValueError(f"{run} has no held-out data: its recipe gives neither data.val nor data.holdout")
     configs = opened.recipe.evals if evals is None else validate(_Evals, {"evals": list(evals)}).evals
     precision = Precision(opened.recipe.run.precision, opened.world.device)
     built = [config.build() for config in configs]
-    return evaluate_all(opened.task, built, opened.held_out, precision), opened
+    check_fit(built, opened.task)
+    record = evaluate_all(opened.task, built, opened.held_out, precision)
+    return record, opened, _notes(built, opened.task)
 
 
 class _Evals(Config):
@@ -135,7 +137,7 @@ class EvaluationRecipe(Config):
     """Which weights to measure on what."""
 
     weights: str = Field(description="official name, timm's name.tag, run, model folder or file; with a classifier")
-    image_size: int | None = Field(None, gt=0, description="pixels of the model's input; the weights' own if left out")
+    backbone: dict[str, Any] = Field({}, description="keys to change, such as image_size or statistics: imagenet")
     evals: list[Eval] = Field(min_length=1, description="such as robustness, or topk with a source")
     run: EvaluationConfig = EvaluationConfig()
 
@@ -250,15 +252,15 @@ class Classifier(nn.Module):
         return self.model(normalise(image_BCYX, statistics.mean, statistics.std)).float()
 
 
-def open_classifier(weights: str, image_size: int | None = None) -> Classifier:
-    """A classifier by the address of its weights.
+def open_classifier(weights: str, **overrides: Any) -> Classifier:
+    """A classifier by the address of its weights; `overrides` are keys of the transformer.
 
     Raises:
+        ConfigError: Unknown keys.
         WeightsError: Nothing there.
         ValueError: They do not fit, or hold no classifier.
     """
-    size: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
-    model = load_checkpoint(weights, **size)
+    model = load_checkpoint(weights, **overrides)
     if not isinstance(model, ImageClassifier):
         raise ValueError(
             f"weights {weights} hold no classifier; evaluate ones that were fine-tuned (`openeva list --weights`)"
@@ -287,14 +289,18 @@ def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measure
         if unfit:
             text = "measured on the images of a run: evaluate a run, or give it images of its own (topk: source)"
             raise ConfigError([f"evals: {name} is {text}" for name in unfit])
-        task = open_classifier(recipe.weights, recipe.image_size).to(world.device).eval()
+        task = open_classifier(recipe.weights, **recipe.backbone).to(world.device).eval()
         if console is not None and world.is_main:
             console.print(f"{recipe.weights} on {world.size} x {world.device}", highlight=False, markup=False)
+            for evaluation in evals:
+                if hasattr(evaluation, "tell"):
+                    evaluation.tell = lambda line: console.print(line, highlight=False, markup=False)
+        check_fit(evals, task)
         metrics: Record = {}
         with torch.no_grad(), Precision(recipe.run.precision, world.device).autocast():
             for evaluation in evals:
                 metrics.update(evaluation.run(task, {}))
-        notes = [note for evaluation in evals for note in getattr(evaluation, "notes", lambda _: [])(task)]
+        notes = _notes(evals, task)
         facts = {"recipe": recipe.model_dump(mode="json"), **_machine(world)}
         return _finished(recipe.weights, metrics, notes, facts, recipe.run.out, world)
     finally:
@@ -308,9 +314,13 @@ def measure_run(run: Path, evals: Sequence[str] | None = None, *, console: Conso
         ConfigError: Not a run folder.
         ValueError: The run has no held-out data.
     """
-    metrics, opened = _evaluate(run, evals, console)
+    metrics, opened, notes = _evaluate(run, evals, console)
     facts = {"recipe": opened.recipe.model_dump(mode="json"), **_machine(opened.world)}
-    return _finished(str(run), metrics, [], facts, run, opened.world)
+    return _finished(str(run), metrics, notes, facts, run, opened.world)
+
+
+def _notes(evals: Sequence[Evaluation], task: Any) -> list[str]:
+    return [note for evaluation in evals for note in getattr(evaluation, "notes", lambda _: [])(task)]
 
 
 def _machine(world: World) -> Record:

@@ -28,7 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, build_optimizer
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
-from openeva.evals.base import Evaluation, check_evals, needs_of, once, shared_features
+from openeva.evals.base import Evaluation, check_fit, needs_of, once, shared_features
 from openeva.tasks.base import Task, TaskConfig
 from openeva.tune import Tune, TuneAll, apply_tuning
 
@@ -152,7 +152,6 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         task = build_task(recipe, train_data, val_data)
         check_evals(recipe, evals, task)
         apply_tuning(recipe.tune, task)
-        check_evals(evals, task)
         task = task.to(world.device)
         seed_everything(run.seed + 1 + world.rank)  # stochastic depth and dropout differ between processes
         loader = train_loader(recipe, task, train_data, world)
@@ -273,6 +272,7 @@ def check_evals(recipe: Recipe, evals: list[Evaluation], task: Task) -> None:
 
     Raises:
         ConfigError: It is of another kind, such as one that does not classify.
+        ValueError: One of them does not fit it, as images of other classes.
     """
     asked = {"logits": "a task that classifies images", "targets": "a task that predicts hidden patches"}
     problems = [
@@ -283,6 +283,7 @@ def check_evals(recipe: Recipe, evals: list[Evaluation], task: Task) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    check_fit(evals, task)
 
 
 def train_loader(recipe: Recipe, task: Task, data: Mixture | Streams, world: World) -> TrainLoader:

@@ -48,7 +48,7 @@ def needs_of(evaluation: Evaluation) -> frozenset[str]:
     return frozenset(getattr(evaluation, "needs", ()))
 
 
-def check_evals(evals: Sequence[Evaluation], task: Any) -> None:
+def check_fit(evals: Sequence[Evaluation], task: Any) -> None:
     """Ask evaluations whether they can measure a task, before it is trained: those that care have `check(task)`.
 
     Raises:

@@ -18,7 +18,7 @@ official sampler pads 7,500, 18,574 and 50,889 images with duplicates), ReaL goe
 over images.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +34,7 @@ from openeva.data.imagenet_layout import FACTS, SETS, SetName, survey, survey_be
 from openeva.data.sources.imagenet import Config as ImageNetConfig
 from openeva.data.sources.imagenet import ImageNet
 from openeva.data.views import CropConfig
+from openeva.engine.distributed import merge_over_processes
 from openeva.evals.base import OFFICIAL_CROP, Tally, check_classes, image_size_of, own_crop, source_loader
 
 Protocol = Literal["official", "standard"]
@@ -102,8 +103,8 @@ def _open_sets(config: Config) -> dict[SetName, Path]:
             problems += [problem for problem in missing.problems if problem not in problems]
         found[name] = missing.root
     if problems:
-        hint = "" if config.allow_incomplete else " (allow_incomplete=true measures on what is there)"
-        raise ConfigError([*problems, f"see `openeva data check imagenet PATH`{hint}"], "evaluation robustness")
+        hint = "" if config.allow_incomplete else "; allow_incomplete=true measures on what is there"
+        raise ConfigError(problems, f"evaluation robustness (`openeva data check imagenet PATH` shows all{hint})")
     return found
 
 
@@ -122,26 +123,39 @@ class Robustness:
 
     Attributes:
         roots: Where each set lies.
+        broken: Name -> reason of the files that could not be read.
+        tell: Called with a line for each set when it is done.
     """
 
     needs = frozenset({"logits"})
 
     def __init__(self, config: Config, roots: dict[SetName, Path]) -> None:
         self.config, self.roots = config, roots
+        self.broken: dict[str, str] = {}
+        self.tell: Callable[[str], None] | None = None
         self._sources: dict[tuple[SetName, bool], ImageNet] = {}
+
+    def check(self, task: Any) -> None:
+        """Whether the task classifies into the 1,000 classes of ImageNet in their usual order.
+
+        Raises:
+            ValueError: It does not.
+        """
+        image_size_of(task, self.config.name)
+        check_classes(task, 1000, self.config.name)
+        names = list(task.class_names)
+        if set(names) == set(wordnet_ids()) and names != list(wordnet_ids()):
+            raise ValueError("the model's classes are not in the order of their WordNet ids, as the sets' labels are")
 
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """Metrics as in the module's text.
 
         Raises:
-            ValueError: The task does not classify into the 1,000 classes of ImageNet in their usual order.
+            ValueError: See `check`.
         """
+        self.check(task)
         size = image_size_of(task, self.config.name)
-        check_classes(task, 1000, self.config.name)
-        names = set(task.class_names)
-        if names == set(wordnet_ids()) and list(task.class_names) != list(wordnet_ids()):
-            raise ValueError("the model's classes are not in the order of their WordNet ids, as the sets' labels are")
         metrics: dict[str, float] = {}
         for one in self._passes(size, self._official_size(task, size), self.config.crop or own_crop(task, loaders)):
             metrics.update(self._measure(task, one))
@@ -151,14 +165,16 @@ class Robustness:
 
     def notes(self, task: Any) -> list[str]:
         """What a reader of the numbers should know."""
-        size = image_size_of(task, self.config.name)
-        official = self._official_size(task, size)
-        if "official" in self._protocols and official != (self._wanted(task),) * 2:
-            return [
+        size, notes = image_size_of(task, self.config.name), []
+        if "official" in self._protocols and self._official_size(task, size) != (self._wanted(task),) * 2:
+            notes.append(
                 f"V2 and ObjectNet at the model's own {size[0]} x {size[1]} pixels: it takes no other, and the official"
                 f" code, which fixes {self._wanted(task)} there, could not have measured it"
-            ]
-        return []
+            )
+        if self.broken:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.broken.items())[:5])
+            notes.append(f"{len(self.broken)} files could not be read and were left out: {some}")
+        return notes
 
     @property
     def _protocols(self) -> tuple[Protocol, ...]:
@@ -206,15 +222,19 @@ class Robustness:
         device = next(task.parameters()).device
         tallies = {metric: Tally() for metric in one.counted}
         config = self.config
-        for batch in source_loader(one.source, one.image_size, one.crop, config.batch_size, config.num_workers):
+        loader = source_loader(one.source, one.image_size, one.crop, config.batch_size, config.num_workers)
+        for batch in loader:
             logits_BV = task.logits(batch["image"].to(device, non_blocking=True))
             logits_BV = logits_BV if rows is None else logits_BV[:, rows]
             for metric, tally in tallies.items():
                 tally.add(logits_BV, one.counted[metric][batch["index"]])
+        self.broken |= merge_over_processes(loader.broken)
         metrics: dict[str, float] = {}
         for metric, tally in tallies.items():
             found = tally.result()
             number = max(found.num_images, 1)
+            if self.tell is not None:
+                self.tell(f"{metric}: {100 * found.top1 / number:.2f} % of {found.num_images:,} images")
             metrics |= {f"{metric}_top1": found.top1 / number, f"{metric}_top5": found.top5 / number}
             metrics |= {f"{metric}_loss": found.loss, f"{metric}_images": float(found.num_images)}
         return metrics
@@ -249,7 +269,7 @@ TOLERANCE = 0.1
 """Points of accuracy that a repetition may differ by: 50 of 50,000 images, for another JPEG decoder, resize kernel and
 precision. To it comes what padding may have changed: the official sampler repeated up to 7 images of a set."""
 PROCESSES = 8
-"""Of the official evaluations."""
+"""Of the official evaluations; ReaL's took one."""
 
 
 class Comparison(NamedTuple):
@@ -304,7 +324,7 @@ def compare(metrics: Mapping[str, float], published: Mapping[str, float]) -> lis
             gap = None if mean is None else known[0] - mean
             for key, title, number in (("mean", "mean of six", mean), ("gap", "gap: ImageNet-1K - mean", gap)):
                 value, extra = 100 * metrics[f"{prefix}{key}"], " (standard)" if prefix else ""
-                verdict = "" if number is None else f"{value - number:+.2f}"
+                verdict = "" if number is None else _signed(value - number)
                 rows.append(Comparison(title + extra, value, None, None, None, number, verdict))
     return rows
 
@@ -317,17 +337,21 @@ def _row(metrics: Mapping[str, float], key: str, title: str, name: SetName, publ
     if images != FACTS[name].num_images:
         verdict = f"{images:,} of {FACTS[name].num_images:,} images: not to be compared"
     elif published is not None:
-        verdict = judge(top1, published, images)
+        verdict = judge(top1, published, images, padded=name != "real")
     return Comparison(title, top1, top5, correct, images, published, verdict)
 
 
-def judge(top1: float, published: float, images: int) -> str:
+def judge(top1: float, published: float, images: int, *, padded: bool = True) -> str:
     """Whether an accuracy repeats the published one, both in percent, over so many images.
 
     The padded images may all have been right or all wrong, so that much is added to `TOLERANCE`.
     """
-    padded = -images % PROCESSES
-    tolerance = TOLERANCE + 100 * padded / images
+    more = -images % PROCESSES if padded else 0
+    tolerance = TOLERANCE + 100 * more / images
     word = "repeats it" if abs(top1 - published) <= tolerance + 1e-9 else "DIFFERS"
-    note = f"; officially of {images + padded:,} with padding" if padded else ""
-    return f"{top1 - published:+.2f}: {word} (within {tolerance:.2f}{note})"
+    note = f"; officially of {images + more:,} with padding" if more else ""
+    return f"{_signed(top1 - published)}: {word} (within {tolerance:.2f}{note})"
+
+
+def _signed(difference: float) -> str:
+    return f"{round(difference, 2) + 0.0:+.2f}"

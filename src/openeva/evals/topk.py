@@ -45,6 +45,17 @@ class TopK:
         self._source = None if config.source is None else config.source.build()
         self.needs = frozenset({"logits"} if self._source is not None else {"logits", "labels"})
 
+    def check(self, task: Any) -> None:
+        """Whether the task tells the classes of the images apart.
+
+        Raises:
+            ValueError: It does not.
+        """
+        image_size_of(task, self.config.name)
+        if self._source is not None:
+            rows = getattr(self._source, "rows", None)
+            check_classes(task, 1000 if rows else self._source.num_classes, self.config.name)
+
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
         """`{"top1": ..., "top5": ..., "loss": ..., "images": ...}`; accuracies are shares.
@@ -52,10 +63,10 @@ class TopK:
         Raises:
             ValueError: The task does not classify, or not into the classes of the images, or there are no labels.
         """
+        self.check(task)
         config, source = self.config, self._source
         size, rows = image_size_of(task, config.name), getattr(source, "rows", None)
         if source is not None:
-            check_classes(task, 1000 if rows else source.num_classes, config.name)
             crop = config.crop or own_crop(task, loaders)
             loaders = {"val": source_loader(source, size, crop, config.batch_size, config.num_workers)}
         if "val" not in loaders:
