@@ -156,10 +156,9 @@ class StoredProbe:
         Raises:
             ValueError: A class has fewer than two images, or there is only one class.
         """
-        counts = np.unique(label_N.numpy(), return_counts=True)[1]
-        model = fit_logistic(
-            train_ND.numpy(), label_N.numpy(), folds=int(np.clip(counts.min(), 2, 4)), balanced=balanced
-        )
+        classes, counts = np.unique(label_N.numpy(), return_counts=True)
+        folds = int(np.clip(counts.min(), 2, 4))
+        model = fit_logistic(train_ND.numpy(), label_N.numpy(), folds=folds, balanced=balanced)
         weight_VD, bias_V = (torch.from_numpy(part).float().contiguous() for part in as_linear(model))
         tensors = {"weight": weight_VD, "bias": bias_V, "classes": torch.from_numpy(classes)}
         write_atomically(self._file, lambda path: save_file(tensors, path, metadata=self._key))
