@@ -17,6 +17,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from openeva import __version__
+from openeva.checkpoints.pretrained import PRETRAINED, VARIABLE, find_local, hub_place, known_name, resolve
+from openeva.checkpoints.weights import find_weights, is_file_address
 from openeva.config import ComponentConfig, ConfigError, load_config
 from openeva.train import Recipe
 
@@ -70,6 +72,7 @@ def check_machine() -> Iterator[Check]:
             text = "none; small models train on the CPU, the paper's sizes do not"
         yield Check("note", "gpu", text)
     yield from _extras()
+    yield _tried("weights", VARIABLE, _look_at_weights_folders)
     yield _disk("disk", Path.cwd())
     yield _disk("hub cache", _hub_cache())
 
@@ -159,6 +162,9 @@ def check_recipe(recipe: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
             yield _tried(
                 "weights", f"{path}: {address or component.name}", partial(_look_at_weights, component, address)
             )
+        start = getattr(component, "init_from", None)
+        if isinstance(start, str):
+            yield _tried("weights", f"{path}.init_from: {start}", partial(_look_at_weights, component, start))
     yield _tried("output", str(config.run.out), lambda: _look_at_output(config.run.out))
 
 
@@ -221,18 +227,53 @@ def _look_at_weights(component: ComponentConfig, address: str | None) -> str:
     Raises:
         ConfigError: Neither on this machine nor reachable.
     """
-    from openeva.checkpoints.weights import find_weights, is_file_address
-
     if address is None:
         return _look_at_hub(component)
     if address == "random":
         return "drawn from a seed, nothing to fetch"
-    if Path(address).expanduser().is_dir():
+    if address != getattr(component, "init_from", None) and hasattr(component, "hub_repository"):
+        here = is_file_address(address) or Path(address).expanduser().is_dir()
+        return _look_at_file(address) if here else _look_at_hub(component)
+    name = None if Path(address).expanduser().exists() else known_name(address)
+    return _look_at_file(str(resolve(address))) if name is None else _look_at_known(name)
+
+
+def _look_at_file(address: str) -> str:
+    path = Path(address).expanduser()
+    if path.is_dir():
         return "folder exists"
-    if is_file_address(address):
-        path = find_weights(address)
-        return f"{path} ({path.stat().st_size / 2**20:.0f} MiB)"
-    return _look_at_hub(component)
+    path = find_weights(address)
+    return f"{path} ({path.stat().st_size / 2**20:.0f} MiB)"
+
+
+def _look_at_weights_folders() -> str:
+    """How many released weights the local folders hold.
+
+    Raises:
+        ConfigError: A folder does not exist.
+    """
+    found = [name for name in PRETRAINED if find_local(name) is not None]
+    if VARIABLE not in os.environ:
+        return "not set; released weights come from the hub"
+    names = f" ({', '.join(found)})" if found else ", whose files would be called as `openeva list --weights` shows"
+    return f"{os.environ[VARIABLE]} holds {len(found)} of {len(PRETRAINED)} released weights{names}"
+
+
+def _look_at_known(name: str) -> str:
+    """Where released weights are.
+
+    Raises:
+        ConfigError: Neither on this machine nor reachable.
+    """
+    path = find_local(name)
+    if path is not None:
+        return str(path)
+    repository, file = hub_place(name)
+    if repository is None:
+        raise ConfigError([f"not published on a hub; put {file} into a folder and set {VARIABLE} to it"])
+    return _look_at_repository(
+        repository, f"bring {file} here and set {VARIABLE} to its folder", lambda cached: cached.match(f"*/{file}")
+    )
 
 
 def _look_at_hub(component: ComponentConfig) -> str:
@@ -241,11 +282,6 @@ def _look_at_hub(component: ComponentConfig) -> str:
     Raises:
         ConfigError: Neither.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    from openeva.checkpoints.weights import PROBE_TIMEOUT_SECONDS, fetch
-
     key = "weights: /path/to/file"
     if hasattr(component, "pretrained"):
         key = "model: local-dir:/path/to/folder" if component.pretrained is None else "pretrained: /path/to/file"
@@ -253,14 +289,26 @@ def _look_at_hub(component: ComponentConfig) -> str:
     repository = locate() if callable(locate) else None
     if repository is None:
         return "not on a hub that can be asked; the run will tell"
-    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-    if any(file.suffix in WEIGHT_SUFFIXES for file in cached.glob("snapshots/*/*")):
-        return f"{repository} is in the local cache"
-    fetch(
-        lambda: HfApi().model_info(repository, timeout=PROBE_TIMEOUT_SECONDS),
-        repository,
-        f"bring them here and set `{key}` in the recipe",
+    return _look_at_repository(
+        repository, f"bring them here and set `{key}` in the recipe", lambda cached: cached.suffix in WEIGHT_SUFFIXES
     )
+
+
+def _look_at_repository(repository: str, fix: str, wanted: Callable[[Path], bool]) -> str:
+    """Whether a repository of the hub has a wanted file in the local cache, or else answers.
+
+    Raises:
+        ConfigError: Neither; the message ends with the fix.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    from openeva.checkpoints.weights import PROBE_TIMEOUT_SECONDS, fetch
+
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    if any(wanted(file) for file in cached.glob("snapshots/*/**/*")):
+        return f"{repository} is in the local cache"
+    fetch(lambda: HfApi().model_info(repository, timeout=PROBE_TIMEOUT_SECONDS), repository, fix)
     return f"{repository} can be reached; the first run downloads it"
 
 
