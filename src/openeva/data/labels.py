@@ -7,9 +7,12 @@ A source tells them by the optional members `class_names` (by label), `labels()`
 others says so.
 """
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from openeva.data.sampler import Indices, permute
 
@@ -64,3 +67,25 @@ def name_of(source: Any, index: int) -> str:
     """
     name: str = source.name_of(index) if hasattr(source, "name_of") else source.read(index).name
     return name
+
+
+def balanced_weights(labels: Indices, seen: npt.NDArray[Any], num_classes: int) -> list[float]:
+    """Weight per class: 1 on average over the samples, with the same sum for every class that has any.
+
+    Args:
+        labels: Class of every sample.
+        seen: How often each sample is seen per epoch.
+        num_classes: Number of weights; a class without samples gets 1.
+    """
+    counts = np.bincount(labels, weights=seen, minlength=num_classes)
+    present = counts > 0
+    weights = np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1e-9)), 1.0)
+    return [float(weight) for weight in weights.round(6)]
+
+
+def classes_in_short(names: Sequence[str]) -> str:
+    """All names where they are few, else their number, the first and a digest of all."""
+    if len(names) <= 10:
+        return ", ".join(names)
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{len(names)}: {', '.join(names[:3])}, ... ({digest})"

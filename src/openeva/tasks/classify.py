@@ -6,7 +6,6 @@ Paper: EVA section 3.1. Source: spec sections 1.4, 1.9, 4 and 7. Deliberate diff
 once each, on however many processes; the held-out loss is a mean over images, not over batches; accuracies are shares.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from openeva.checkpoints.pretrained import find_entry
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
 from openeva.data.erasing import ErasingConfig
+from openeva.data.labels import balanced_weights, classes_in_short
 from openeva.data.mixture import Mixture, Streams, label_problems
 from openeva.data.mixup import MixupConfig
 from openeva.data.views import ViewSpec, normalise
@@ -40,16 +40,9 @@ from openeva.tasks.base import Batch, Task, TaskConfig
 
 HEAD = ("backbone.norm", "fc_norm", "attention_pool", "classifier")
 """Parts that start anew where the weights to start from lack them, or have them for other classes."""
-TRAINING_ONLY = frozenset(
-    {
-        "weights",
-        "final_norm",
-        "drop_path",
-        "dropout",
-        "attention_dropout",
-        "patch_grad_scale",
-        "activation_checkpointing",
-    }
+TRAINING_KEYS = (
+    *("weights", "init", "final_norm", "drop_path", "dropout", "attention_dropout", "patch_grad_scale"),
+    "activation_checkpointing",
 )
 """Keys of a transformer that are not part of its architecture, and so are not taken from a file."""
 
@@ -93,7 +86,7 @@ class Config(TaskConfig):
             return values
         if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
             found = _architecture(values["init_from"])
-            backbone = {**{key: value for key, value in found.items() if key not in TRAINING_ONLY}, **backbone}
+            backbone = {**{key: value for key, value in found.items() if key not in TRAINING_KEYS}, **backbone}
         norm = values.get("pooling", "mean") != "mean"
         return {**values, "backbone": {"final_norm": norm, "init": "classifier", **backbone}}
 
@@ -123,7 +116,14 @@ class Config(TaskConfig):
         if problems:
             raise ConfigError(problems)
         names = self.class_names or [*train.class_names, *(str(number) for number in range(found, num_classes))]
-        weights = balanced_weights(train, num_classes) if self.class_weights == "balanced" else self.class_weights
+        weights: Any = self.class_weights
+        if weights == "balanced":
+            if isinstance(train, Streams):
+                raise ConfigError(
+                    ["task.class_weights: the classes of a stream cannot be counted; give a list, or none"]
+                )
+            seen_N = np.repeat(train.weights, train.lengths)
+            weights = balanced_weights(train.labels(), seen_N, num_classes)
         return self.model_copy(update={"num_classes": num_classes, "class_names": names, "class_weights": weights})
 
     def build(self) -> "ClassifyTask":
@@ -142,21 +142,6 @@ def _architecture(address: str) -> dict[str, Any]:
         return architecture_of(address)
     size = {} if entry.image_size is None else {"image_size": entry.image_size}
     return {"variant": entry.variant, **size, **entry.overrides}
-
-
-def balanced_weights(data: Mixture | Streams, num_classes: int) -> list[float]:
-    """Weight per class: 1 on average over the samples, with the same sum for every class that has any.
-
-    Raises:
-        ConfigError: The classes cannot be counted beforehand.
-    """
-    if isinstance(data, Streams):
-        raise ConfigError(["task.class_weights: streams cannot be counted beforehand; give a list of weights, or none"])
-    seen_N = np.repeat(data.weights, data.lengths)
-    count_V = np.bincount(data.labels(), weights=seen_N, minlength=num_classes)
-    present = count_V > 0
-    weight_V = np.where(present, count_V.sum() / (present.sum() * np.maximum(count_V, 1e-9)), 1.0)
-    return [float(weight) for weight in weight_V.round(6)]
 
 
 class ClassifyTask(Task):
@@ -324,12 +309,4 @@ class ClassifyTask(Task):
 
     def identity(self) -> dict[str, Any]:
         """A checkpoint continues only with the same classes."""
-        return {"classes": _short(self.class_names)}
-
-
-def _short(names: list[str]) -> str:
-    """All names where they are few, else their number, the first and a digest of all."""
-    if len(names) <= 10:
-        return ", ".join(names)
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    return f"{len(names)}: {', '.join(names[:3])}, ... ({digest})"
+        return {"classes": classes_in_short(self.class_names)}
