@@ -110,8 +110,6 @@ def create_model(
     if not num_classes:
         return validate(Config, content, where=name).build()
     content = {"final_norm": pooling not in {None, "mean"}, "init": "classifier", **content}
-    if "init" not in Config.model_fields:
-        del content["init"]
     return head.on(validate(Config, content, where=name).build(), num_classes)
 
 
