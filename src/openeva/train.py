@@ -446,7 +446,7 @@ def dry_run(recipe: Recipe) -> list[str]:
 
 def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World) -> None:
     """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
-    notes = {"val_crop": recipe.data.val_crop.model_dump(mode="json")}
+    notes: dict[str, Any] = {"val_crop": recipe.data.val_crop.model_dump(mode="json")}
     if state.ema is not None:  # first: where `folder` is complete, everything is
         _export(task, state, folder.with_name(folder.name + "_ema"), world, averaged=True, **notes)
     _export(task, state, folder, world, **notes)
