@@ -98,7 +98,8 @@ def test_reduced_precision_learns_on_a_cpu(precision: str, tmp_path: Path) -> No
         train(recipe(tmp_path / name, *changes, *NO_EVALUATION))
     reduced, full = ([record["loss"] for record in read_log(tmp_path / name)] for name in (precision, "fp32"))
     assert reduced[-1] < reduced[0] - 0.1
-    assert reduced == pytest.approx(full, abs=0.05)
+    skipped = precision == "fp16"  # a few steps, until the loss scale fits
+    assert reduced == pytest.approx(full, abs=0.15 if skipped else 0.05)
     assert reduced != full
 
 

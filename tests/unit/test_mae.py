@@ -7,7 +7,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from e2e.toy import checkpoint, copy_until, differences, recipe, train_in_processes
 from openeva.backbones.vit import Config
@@ -19,6 +18,7 @@ from openeva.data.masking import RandomMasking
 from openeva.engine.log import read_log
 from openeva.engine.optim import param_groups
 from openeva.heads.mae_decoder import MaeDecoderConfig, MaeStudent
+from openeva.layers.flops import flop_counter
 from openeva.models import load_checkpoint
 from openeva.tasks.pretrain import Config as TaskConfig
 from openeva.tasks.pretrain import PretrainTask
@@ -125,7 +125,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 def test_flops_are_those_of_the_operators() -> None:
     made = student().eval()
     image, mask_BN, index_M = batch(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         made(image, mask_BN, index_M)
     assert made.flops(len(index_M)) == counter.get_total_flops()
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openeva.engine import timing
 from openeva.engine.distributed import World, any_process, merge_over_processes
@@ -35,8 +35,6 @@ class NonFiniteError(Exception):
 @runtime_checkable
 class LoopTask(Protocol):
     """What the loop asks of a task (see `tasks/base.py`)."""
-
-    trainable: nn.Module
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation behaviour."""
@@ -144,7 +142,7 @@ def run_loop(  # noqa: PLR0915  the one visible loop
             with precision.autocast():
                 loss, scalars = task.forward_backward(micro_batches, precision.backward)
             with timing.section("optimiser"):
-                grad_norm = precision.finish(task.trainable, loss, config.clip_grad)
+                grad_norm = precision.finish(state.module, loss, config.clip_grad)
                 step_unless_skipped(optimizer, precision.found_inf)
                 optimizer.zero_grad(set_to_none=True)
                 precision.update()

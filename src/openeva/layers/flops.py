@@ -3,13 +3,25 @@
 module, input shape -> fake tensors -> torch's operator counter -> FLOPs
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of FLOPs by operator, which in older versions (2.11) knows no attention on CPUs."""
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs by the shapes of the operator's arguments."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def trace_shapes(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, float]:
@@ -23,7 +35,7 @@ def trace_shapes(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, float]
     module.eval()  # else batch norms would count this batch
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator whose FLOPs torch does not know
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flop_counter() as counter:
             output = functional_call(module, weights, (torch.empty(shape),))
     finally:
         module.train(training)
