@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,10 @@ from e2e.imagenet_sets import (
 from e2e.toy import join, start
 from openeva.config import ConfigError, validate
 from openeva.data.imagenet_classes import subset_rows
+from openeva.data.loader import TooManyBrokenError
+from openeva.data.views import CropConfig
 from openeva.engine import distributed
+from openeva.evals.base import OFFICIAL_CROP, own_crop
 from openeva.evals.robustness import Config
 
 
@@ -134,6 +139,44 @@ def test_a_model_of_one_size_says_that_the_official_one_does_not_fit(root: Path)
     assert "32 x 32" in note
     assert "336" in note
     assert validate(Config, content).build().notes(Colours(336)) == []
+
+
+def test_standard_numbers_have_names_of_their_own_and_count_any_class(root: Path) -> None:
+    task = Colours()
+    both = run(root, task, protocol="both")
+    assert len(task.seen) == len({*VAL}) + 2 * len(V2) + 5 + 4 + 3 + 2 * 4  # what is alike in both is looked at once
+    alone = run(root, protocol="standard")
+    assert {name: value for name, value in both.items() if name.startswith("standard_")} == pytest.approx(alone)
+    official = run(root)
+    assert {name: value for name, value in both.items() if name not in alone} == pytest.approx(official)
+    any_class = expected()["objectnet_any"][0] - expected()["objectnet"][0]
+    assert both["standard_mean"] - both["mean"] == pytest.approx(any_class / 6)
+
+
+def test_standard_cuts_as_the_weights_want_it_and_official_does_not(root: Path) -> None:
+    task = Colours()
+    task.crop = CropConfig(kind="center", hflip=0.0, crop_pct=0.5)
+    for protocol, sizes in (("official", {1.0}), ("standard", {0.5})):
+        evaluation = validate(Config, {"roots": root, "allow_incomplete": True, "protocol": protocol}).build()
+        passes = evaluation._passes((SIZE, SIZE), (SIZE, SIZE), own_crop(task, {}))
+        assert {one.crop.crop_pct for one in passes} == sizes
+    in_a_run = SimpleNamespace(identity={"crop": {"kind": "center", "hflip": 0.0, "crop_pct": 0.7}})
+    assert own_crop(task, {"val": in_a_run}).crop_pct == 0.7  # the held-out images of a run win
+    assert own_crop(Colours(), {}) == OFFICIAL_CROP
+
+
+def test_files_that_cannot_be_read_are_named_and_not_counted(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "sketch"
+    shutil.copytree(root / "sketch", copy)
+    next(copy.rglob("sketch_1.JPEG")).write_bytes(b"no image")
+    content = {"roots": {"sketch": copy}, "allow_incomplete": True, "num_workers": 0}
+    with pytest.raises(TooManyBrokenError, match="max_broken"):
+        validate(Config, content).build().run(Colours(), {})
+    evaluation = validate(Config, {**content, "max_broken": 0.5}).build()
+    metrics = evaluation.run(Colours(), {})
+    assert (metrics["imagenet_sketch_images"], metrics["imagenet_sketch_top1"]) == (2, 1)
+    (note,) = [note for note in evaluation.notes(Colours()) if "could not be read" in note]
+    assert "sketch_1.JPEG" in note
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes

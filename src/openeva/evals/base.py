@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from openeva.backbones.base import Backbone
+from openeva.config import ComponentConfig
 from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture
 from openeva.data.sources.base import Source
@@ -183,15 +185,20 @@ def check_classes(task: Any, num_classes: int, evaluation: str) -> None:
         )
 
 
-def source_loader(
-    source: Source, image_size: tuple[int, int], crop: CropConfig, batch_size: int, num_workers: int | Literal["auto"]
-) -> EvalLoader:
-    """This process's share of a source: over all processes each image comes once."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return EvalLoader(
-        Mixture([source], [1.0]), ViewSpec(image_size), crop, batch_size=batch_size, rank=rank, world_size=world_size,
-        num_workers=resolve_workers(num_workers),
-    )  # fmt: skip
+class OwnImages(ComponentConfig):
+    """Keys of an evaluation that reads images of its own."""
+
+    batch_size: int = Field(32, gt=0, description="of own images, per forward pass and process")
+    num_workers: int | Literal["auto"] = "auto"
+    max_broken: float = Field(0.01, ge=0, le=1, description="share of files that may be unreadable")
+
+    def loader(self, source: Source, image_size: tuple[int, int], crop: CropConfig) -> EvalLoader:
+        """This process's share of a source: over all processes each image comes once."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return EvalLoader(
+            Mixture([source], [1.0]), ViewSpec(image_size), crop, batch_size=self.batch_size, rank=rank,
+            world_size=world_size, num_workers=resolve_workers(self.num_workers), max_broken=self.max_broken,
+        )  # fmt: skip
 
 
 class Accuracy(NamedTuple):

@@ -28,14 +28,14 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from openeva.config import ComponentConfig, ConfigError
+from openeva.config import ConfigError
 from openeva.data.imagenet_classes import wordnet_ids
 from openeva.data.imagenet_layout import FACTS, SETS, SetName, survey, survey_beneath
 from openeva.data.sources.imagenet import Config as ImageNetConfig
 from openeva.data.sources.imagenet import ImageNet
 from openeva.data.views import CropConfig
 from openeva.engine.distributed import merge_over_processes
-from openeva.evals.base import OFFICIAL_CROP, Tally, check_classes, image_size_of, own_crop, source_loader
+from openeva.evals.base import OFFICIAL_CROP, OwnImages, Tally, check_classes, image_size_of, own_crop
 
 Protocol = Literal["official", "standard"]
 
@@ -49,7 +49,7 @@ METRIC: dict[SetName, str] = {name: name if name == "objectnet" else f"imagenet_
 """Names of the sets in metrics, the same as in the table of published accuracies."""
 
 
-class Config(ComponentConfig):
+class Config(OwnImages):
     """ImageNet-1K and the robustness sets.
 
     Attributes:
@@ -69,8 +69,6 @@ class Config(ComponentConfig):
     protocol: Protocol | Literal["both"] = "official"
     crop: CropConfig | None = None
     official_size: int | None = Field(None, gt=0)
-    batch_size: int = Field(32, gt=0, description="images per forward pass and process")
-    num_workers: int | Literal["auto"] = "auto"
     allow_incomplete: bool = False
 
     def build(self) -> "Robustness":
@@ -221,8 +219,7 @@ class Robustness:
         rows = None if one.source.rows is None else list(one.source.rows)
         device = next(task.parameters()).device
         tallies = {metric: Tally() for metric in one.counted}
-        config = self.config
-        loader = source_loader(one.source, one.image_size, one.crop, config.batch_size, config.num_workers)
+        loader = self.config.loader(one.source, one.image_size, one.crop)
         for batch in loader:
             logits_BV = task.logits(batch["image"].to(device, non_blocking=True))
             logits_BV = logits_BV if rows is None else logits_BV[:, rows]

@@ -7,26 +7,23 @@ duplicates), and the loss is a mean over images, not over batches.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
-from openeva.config import ComponentConfig
 from openeva.config import Source as SourceField
 from openeva.data.views import CropConfig
-from openeva.evals.base import Tally, check_classes, image_size_of, own_crop, source_loader
+from openeva.evals.base import OwnImages, Tally, check_classes, image_size_of, own_crop
 
 
-class Config(ComponentConfig):
+class Config(OwnImages):
     """Top-1, top-5 and loss."""
 
     name: str = "topk"
     source: SourceField | None = Field(None, description="images to measure on; the held-out ones when left out")
     crop: CropConfig | None = Field(None, description="of images of `source`; as the model's held-out ones if left out")
     prefix: str = Field("", description="of the metrics' names, where several of these stand in one recipe")
-    batch_size: int = Field(32, gt=0, description="images of `source` per forward pass and process")
-    num_workers: int | Literal["auto"] = "auto"
 
     def build(self) -> "TopK":
         """Make the evaluation.
@@ -68,7 +65,7 @@ class TopK:
         size, rows = image_size_of(task, config.name), getattr(source, "rows", None)
         if source is not None:
             crop = config.crop or own_crop(task, loaders)
-            loaders = {"val": source_loader(source, size, crop, config.batch_size, config.num_workers)}
+            loaders = {"val": config.loader(source, size, crop)}
         if "val" not in loaders:
             raise ValueError(f"evaluation {config.name} has no images: give it a `source`, or data.val or data.holdout")
         device, tally = next(task.parameters()).device, Tally()
