@@ -262,28 +262,45 @@ def report(run: Run) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of an openeva model, or a weight file of any known layout.")],
+    source: Annotated[
+        str, typer.Argument(help="Run, openeva model folder, weight file of any known layout, or official name.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for openeva, else a file (.safetensors, .pt).")],
     to: Annotated[Literal["openeva", "official", "timm"], typer.Option(help="Wanted layout.")],
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Cast the weights.", show_default="as they are")
     ] = None,
     wrapper: Annotated[
-        Literal["model", "module", "bare"], typer.Option(help="Top-level key of an official PyTorch file.")
-    ] = "model",
-    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a training checkpoint.")] = False,
+        Literal["model", "module", "bare"] | None,
+        typer.Option(
+            help="Top-level key of an official PyTorch file.", show_default="that of the original file, else model"
+        ),
+    ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--raw",
+            help="Averaged or raw weights of a training checkpoint.",
+            show_default="raw, but averaged for released weights whose published accuracy is theirs",
+        ),
+    ] = None,
     patch_size: Annotated[int | None, typer.Option(help="Resize the patch kernel to so many pixels.", min=1)] = None,
     grid: Annotated[
         tuple[int, int] | None, typer.Option(help="Resize positions to this grid.", metavar="ROWS COLUMNS")
     ] = None,
     num_heads: Annotated[int | None, typer.Option(help="Heads, where the weights do not tell.", min=1)] = None,
 ) -> None:
-    """Write weights in another layout and account for every tensor."""
+    """Write weights in another layout and account for every tensor.
+
+    An official file that was converted to openeva comes back with --to official as it was, bit for bit.
+    """
     from openeva.checkpoints.convert import convert as write
+    from openeva.checkpoints.native import model_path
 
     account = write(
-        source, out, to, dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid, num_heads=num_heads
-    )
+        model_path(source), out, to,
+        dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid, num_heads=num_heads,
+    )  # fmt: skip
     for line in account.lines():
         say(line)
     say(f"written: {out}")

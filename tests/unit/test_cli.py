@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from checkpoints.tiny import official
 from openeva import __version__, demo, doctor, train
 from openeva.backbones.vit import VARIANTS
 from openeva.checkpoints.pretrained import PRETRAINED
@@ -386,3 +387,15 @@ def test_output_that_nobody_reads_is_no_error(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("openeva.catalogue.recipes", closed)
     assert openeva("list").stderr == ""
+
+
+def test_convert_brings_an_official_file_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENEVA_WEIGHTS", str(tmp_path))
+    source = tmp_path / "eva_psz14.pt"
+    torch.save({"module": official(relative="shared"), "epoch": 3}, source)
+    result = openeva("convert", "eva_psz14", "ours", "--to", "openeva")  # by its official name
+    assert result.exit_code == 0, result.output
+    assert "kept: rel_pos_bias.relative_position_index: in original.pt, for the way back" in result.stdout
+    result = openeva("convert", "ours", "back/eva_psz14.pt", "--to", "official")
+    assert "kept: epoch: from original.pt" in result.stdout
+    assert Path("back/eva_psz14.pt").read_bytes() == source.read_bytes()

@@ -95,7 +95,8 @@ def convert(
         if outline is not None:
             outline.save(out)
         return report
-    if not changed and wrapper is None and _restored(source, out, to, state_dict):
+    if not changed and wrapper is None and (outline := _restored(source, out, to, state_dict)) is not None:
+        report.kept = dict.fromkeys([*outline.kept(), *outline.beside()], f"from {ORIGINAL_FILE}")
         return report
     report.dropped |= dropped
     if to == "official":
@@ -118,16 +119,16 @@ def _outline(weights: Weights, state_dict: Mapping[str, Tensor]) -> Outline | No
     return outline_of(weights.file, state_dict, "timm" if weights.layout.names == "timm" else "official")
 
 
-def _restored(source: Path, out: Path, to: To, state_dict: Mapping[str, Tensor]) -> bool:
+def _restored(source: Path, out: Path, to: To, state_dict: Mapping[str, Tensor]) -> Outline | None:
     """Write the file that an openeva folder was converted from, if that is what is wanted and can be done."""
     outline = read_outline(source) if source.is_dir() else None
     if outline is None or outline.naming != to or (outline.metadata is not None) != (out.suffix == ".safetensors"):
-        return False
+        return None
     content = restore(outline, state_dict)
     if content is None:
-        return False
+        return None
     write_content(out, content, outline.metadata)
-    return True
+    return outline
 
 
 def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, grid: Grid | None) -> StateDict:
