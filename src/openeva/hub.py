@@ -250,7 +250,8 @@ def write_card(facts: _Facts) -> str:
     """The model card: metadata for the hub, then text for people."""
     classifies = facts.task.get("name") == "classify" or bool(facts.entry and facts.entry.num_classes)
     name = facts.repo_id.rsplit("/", 1)[-1]
-    published = facts.entry.published if facts.entry else {}
+    resized = bool((facts.converted_from or {}).get("resized"))  # then the published numbers are not of this model
+    published = facts.entry.published if facts.entry and not resized else {}
     metadata = ModelCardData(
         license=facts.licence,
         library_name="openeva",
@@ -327,8 +328,8 @@ def _evaluation(facts: _Facts) -> str:
         lines += [
             f"{protocol} IN-V2 and ObjectNet, where given, by the official code's own protocol (336 pixels, bilinear).",
             "",
-            f"Published by the authors for {which} of the official file (official README and logs), in percent; "
-            "**not measured again on this copy**:",
+            f"Published by the authors for {which} of the official file at {facts.entry.image_size} pixels (official "
+            "README and logs), in percent; **not measured again on this copy**:",
             "",
             "| benchmark | top-1 | top-5 |",
             "|---|---|---|",

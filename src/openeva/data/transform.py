@@ -19,7 +19,7 @@ from torch import Tensor
 from openeva.data.decode import RGB, decode, to_rgb
 from openeva.data.views import CropConfig, normalise
 
-ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any]
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any] | Tensor
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Transform:
         """The normalised view; chance comes from Python's `random`, which torch seeds in the workers of a loader.
 
         Args:
-            image: A path, encoded bytes, a Pillow image, or an array `[Y, X]` or `[Y, X, 3]` of bytes.
+            image: See `pixels_of`.
 
         Raises:
             OSError: Not an image, or a broken one.
             ValueError: An array of another shape or type.
         """
-        image_YXC = _pixels(image)
+        image_YXC = pixels_of(image)
         rng = random.Random(random.getrandbits(64) if self.random else 0)
         crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
         view_CYX = self.crop.cut(self.crop.jitter(image_YXC, rng), crop, self.image_size)
@@ -61,17 +61,36 @@ class Transform:
         return crop.kind != "center" or bool(0 < crop.hflip < 1 or crop.color_jitter or crop.randaugment)
 
 
-def _pixels(image: ImageLike) -> RGB:
+def pixels_of(image: ImageLike) -> RGB:
+    """RGB pixels of an image, uint8 `[Y, X, 3]`.
+
+    Args:
+        image: A path, encoded bytes, a Pillow image, an array `[Y, X]` or `[Y, X, 1 | 3 | 4]`, or a tensor `[3, Y, X]`;
+            arrays and tensors of bytes, or of floats in 0..1.
+
+    Raises:
+        OSError: Not an image, or a broken one.
+        ValueError: An array of another shape, or with values that are neither bytes nor in 0..1.
+    """
     if isinstance(image, str | Path):
         return decode(Path(image).expanduser().read_bytes())
     if isinstance(image, bytes):
         return decode(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in {1, 3, 4} else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"{type(image).__name__} is no image; give a path, bytes, a Pillow image or an array")
-    if image.dtype != np.uint8 or image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(
-            f"an array of shape {image.shape} and type {image.dtype} is no image; give uint8, [Y, X] or [Y, X, 3]"
-        )
-    return to_rgb(Image.fromarray(image))
+        raise ValueError(f"{type(image).__name__} is no image; give a path, bytes, Pillow image, array or tensor")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] not in {3, 4}) or 0 in image.shape:
+        raise ValueError(f"shape {tuple(image.shape)} is no image; give [Y, X], [Y, X, 3] or a tensor [3, Y, X]")
+    if image.dtype != np.uint8:
+        if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"{image.dtype} values must be floats in 0..1 or bytes (uint8), not normalised: that is done here"
+            )
+        image = np.rint(image * 255).astype(np.uint8)
+    return to_rgb(Image.fromarray(np.ascontiguousarray(image)))

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from openeva.data.decode import RGB, decode, to_rgb
+from openeva.data.decode import RGB, decode
 from openeva.data.file_index import IMAGE_EXTENSIONS, printable, scan
+from openeva.data.transform import pixels_of
 
 TIMEOUT_SECONDS = 20.0
 """How long a server may stay silent."""
@@ -105,7 +106,7 @@ def _in_order(items: Iterable[ImageInput], found: "list[list[FoundImage] | str |
         else:
             for image in _single(item):
                 number += 1
-                yield FoundImage(getattr(image, "filename", "") or f"image {number}", partial(to_pixels, image))
+                yield FoundImage(getattr(image, "filename", "") or f"image {number}", partial(pixels_of, image))
 
 
 def _single(item: Any) -> Iterator[Any]:
@@ -160,33 +161,6 @@ def _read_url(url: str) -> RGB:
         return decode(data)
     except OSError as error:
         raise ImageError(url, f"{error} (the server calls it {kind})") from None
-
-
-def to_pixels(image: Image.Image | NDArray[Any] | Tensor) -> RGB:
-    """RGB pixels of an image in memory.
-
-    Raises:
-        ValueError: An array of another shape, or with values that are neither bytes nor in 0..1.
-        TypeError: Not an image at all.
-    """
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in {1, 3, 4} else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"{type(image).__name__} is no image; give a path, URL, Pillow image, array or tensor")
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
-    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] not in {3, 4}) or 0 in image.shape:
-        raise ValueError(f"shape {tuple(image.shape)} is no image; give [Y, X], [Y, X, 3] or a tensor [3, Y, X]")
-    if image.dtype != np.uint8:
-        if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
-                f"{image.dtype} values must be floats in 0..1 or bytes (uint8), not normalised: that is done here"
-            )
-        image = np.rint(image * 255).astype(np.uint8)
-    return to_rgb(Image.fromarray(np.ascontiguousarray(image)))
 
 
 def _reason(error: Exception) -> str:
