@@ -116,6 +116,9 @@ def push(
     folder: Annotated[Path, typer.Argument(help="Model folder or run.", exists=True, file_okay=False)],
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: NAME/MODEL.")],
     trained_by: Annotated[str | None, typer.Option(help="Who trained a model of your own, for the card.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="What it was trained on.", show_default="the sources of the run")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="Of the weights.", show_default="that of converted ones")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[
@@ -125,6 +128,8 @@ def push(
     """Put a model on the hub, with a card that says what it is: converted or trained, from what, measured how."""
     from openeva.hub import push_to_hub
 
-    pushed = push_to_hub(folder, repo, trained_by=trained_by, licence=licence, private=private, dry_run=dry_run)
+    pushed = push_to_hub(
+        folder, repo, trained_by=trained_by, data=data, licence=licence, private=private, dry_run=dry_run
+    )
     for line in pushed.lines():
         say(line)

@@ -120,6 +120,17 @@ def test_a_converted_model_names_its_authors_and_their_numbers(converted: Path) 
     assert {result.dataset_type: result.metric_value for result in facts.eval_results}["imagenet-a"] == 86.154
 
 
+def test_a_resized_copy_does_not_claim_the_published_numbers(converted: Path) -> None:
+    file = converted / "config.json"
+    config = json.loads(file.read_text())
+    config["converted_from"]["resized"] = ["backbone.pos_embed"]
+    file.write_text(json.dumps(config))
+    card = push_to_hub(converted, "me/copy", dry_run=converted / "dry").card
+    assert "resized to this input: backbone.pos_embed" in card
+    assert "of the official file at 336 pixels" in card
+    assert not ModelCard(card).data.eval_results
+
+
 def test_paths_of_this_machine_stay_here(run: Path) -> None:
     hub = FakeHub()
     push_to_hub(run, "me/mine", trained_by="Ada", api=hub)
