@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pydantic import ValidationError
 from scipy import stats
 
-from openeva.data.augment import apply_rand_augment, rand_augment
+from openeva.data.augment import _global_generators_from, apply_rand_augment, rand_augment
 from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
 from openeva.data.views import CropConfig, ViewSpec
 
@@ -128,21 +128,23 @@ def test_any_size_keeps_its_shape(seed, height, width):
 
 def test_chance_comes_from_the_sample_alone():
     image = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1)
-    random.seed(1)
-    np.random.seed(1)
-    states = random.getstate(), np.random.get_state()[1].copy()
     first = [apply_rand_augment(image, TEXT, MEAN, random.Random(seed)) for seed in range(30)]
-    assert (np.random.get_state()[1] == states[1]).all()
     np.random.seed(2)
     random.seed(2)
     again = [apply_rand_augment(image, TEXT, MEAN, random.Random(seed)) for seed in range(30)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({a.numpy().tobytes() for a in first}) > 15
-    random.setstate(states[0])
-    before = random.getstate()
-    with pytest.raises(TypeError):
-        apply_rand_augment(image, TEXT, (None,) * 3, random.Random(0))
-    assert random.getstate() == before
+
+
+def test_the_global_generators_are_as_before_also_after_an_error():
+    def draw_and_fail():
+        raise ZeroDivisionError(random.random(), np.random.rand())
+
+    python, numpy = random.getstate(), np.random.get_state()[1].copy()
+    with pytest.raises(ZeroDivisionError), _global_generators_from(random.Random(0)):
+        draw_and_fail()
+    assert random.getstate() == python
+    assert (np.random.get_state()[1] == numpy).all()
 
 
 def test_training_batches_are_augmented_and_resume_at_the_same_pixels():

@@ -129,8 +129,8 @@ def hold_out_listed(sources: Sequence[Source], file: Path) -> list[tuple[Source,
         ValueError: The file has no column `path`, names nothing that is there, or all samples of a source.
         OSError: The file cannot be read.
     """
-    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as text:
-        rows = csv.DictReader(text)
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines)
         if "path" not in (rows.fieldnames or []):
             raise ValueError(f"data.holdout: {file} has no column `path`: it must be a held_out.csv of an earlier run")
         names = {row["path"] for row in rows}

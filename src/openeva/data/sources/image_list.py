@@ -113,8 +113,8 @@ class ImageList:
         self._starts = np.concatenate([np.zeros(1, np.int64), ends])
         self._labels = labels
         self._root = os.fsencode(root)
-        digest = hashlib.blake2b(self._blob, digest_size=16)
-        digest.update(self._labels)
+        digest = hashlib.blake2b(blob, digest_size=16)
+        digest.update(labels.tobytes())
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class _Table:
         """
         with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             first = text.readline()
-            delimiter = self.config.delimiter or next((d for d in "\t;," if d in first), ",")
+            delimiter: str = self.config.delimiter or next((d for d in "\t;," if d in first), ",")
             text.seek(0)
             rows = csv.reader(text, delimiter=delimiter)
             lines: Iterator[tuple[int, list[str]]] = (
