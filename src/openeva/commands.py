@@ -58,6 +58,9 @@ def predict(
     predictor = Predictor(
         weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
     )
+    report = getattr(predictor.model, "load_report", None)
+    for line in report.lines() if report else ():
+        say(line, error=True, style="dim")
     failed = 0
     with counting(Console(stderr=True), "images", len(job.images)) as progress:
 

@@ -291,7 +291,9 @@ def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measure
             raise ConfigError([f"evals: {name} is {text}" for name in unfit])
         task = open_classifier(recipe.weights, **recipe.backbone).to(world.device).eval()
         if console is not None and world.is_main:
-            console.print(f"{recipe.weights} on {world.size} x {world.device}", highlight=False, markup=False)
+            report = getattr(task.model, "load_report", None)
+            for line in (f"{recipe.weights} on {world.size} x {world.device}", *(report.lines() if report else ())):
+                console.print(line, highlight=False, markup=False)
             for evaluation in evals:
                 if hasattr(evaluation, "tell"):
                     evaluation.tell = lambda line: console.print(line, highlight=False, markup=False)

@@ -22,7 +22,7 @@ def stdout() -> Console:
 def say(text: str, *, error: bool = False, style: str | None = None) -> None:
     """Print text as it is: no markup, no wrapping, so that paths can be copied and output can be piped."""
     console = Console(stderr=error)
-    console.print(text, markup=False, highlight=False, soft_wrap=True, style="bold red" if error else style)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style or ("bold red" if error else None))
 
 
 def table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> Table:

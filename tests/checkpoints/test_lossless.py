@@ -145,6 +145,13 @@ def test_every_container(tmp_path: Path, container: str, legacy: bool) -> None:
         assert back.read_bytes() == again.read_bytes()
 
 
+def test_matrices_of_unlike_types_that_openeva_stacks(tmp_path: Path) -> None:
+    weights = official_eva02(sub_norm=True)
+    weights |= {key: weights[key].half() for key in ("blocks.0.attn.k_proj.weight", "blocks.1.mlp.w1.weight")}
+    torch.save({"model": weights}, tmp_path / "eva.pt")
+    assert_same_content(load(there_and_back(tmp_path / "eva.pt")), {"model": weights})
+
+
 def test_the_averaged_weights(tmp_path: Path) -> None:
     source = tmp_path / "eva.pt"
     torch.save(in_deepspeed(official()), source)
