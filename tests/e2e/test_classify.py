@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from e2e.test_resume import in_one_go_and_in_two
 from e2e.toy import BASE, CHANCE, STUDENT, recipe, train_in_processes
-from openeva.config import ConfigError, apply_overrides
+from openeva.config import ConfigError, apply_overrides, load_config
 from openeva.engine.log import read_log
 from openeva.evaluate import evaluate
 from openeva.report import write_report
@@ -39,6 +41,14 @@ def classify(out: Path, *overrides: str, **task: Any) -> Recipe:
 
 def numbers(out: Path) -> dict[tuple[int, str], float]:
     return {(record["step"], key): record[key] for record in read_log(out) for key in SAME if key in record}
+
+
+@pytest.fixture(scope="module")
+def mim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-training run."""
+    out = tmp_path_factory.mktemp("mim")
+    train(recipe(out, "run.length=2 steps", "run.evaluate_every=0 steps", "data.holdout=0"))
+    return out
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -132,6 +142,30 @@ def test_a_best_of_something_that_is_not_measured_is_an_error(tmp_path: Path) ->
         train(classify(tmp_path, "run.keep_best=top_1", "run.length=2 steps", "run.evaluate_every=1 steps"))
 
 
+@pytest.mark.parametrize("name", ["finetune_folder", "linear_probe_folder"])
+def test_the_recipes_for_own_folders_run_from_any_pre_trained_model(name: str, mim: Path, tmp_path: Path) -> None:
+    """Classes of different sizes and images of different sizes, on a CPU; nothing but the folder is said."""
+    rng = np.random.default_rng(0)
+    for label, count in (("cat", 20), ("dog", 8)):
+        for number in range(count):
+            pixels = rng.integers(0, 100, (30 + number, 40, 3), np.uint8) + (100 if label == "cat" else 0)
+            path = tmp_path / "images" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    given = [f"data.train.0.roots={tmp_path / 'images'}", f"run.out={tmp_path / 'run'}", f"task.init_from={mim}"]
+    small = ["task.backbone.image_size=32", "run.length=3 epochs", "run.batch_size=8", "run.micro_batch=8"]
+    made = load_config(Recipe, f"classify/{name}", [*given, *small, "run.device=cpu", "data.num_workers=0"])
+    assert train(made).status == "finished"
+    found = [record for record in read_log(tmp_path / "run") if "top1" in record]
+    assert len(found) == 3
+    assert {"auc", "mean_class_accuracy"} <= set(found[-1])
+    assert found[-1]["auc"] > 0.8  # bright cats and dark dogs
+    stored = json.loads((tmp_path / "run/model/config.json").read_text())["task"]
+    assert stored["class_names"] == ["cat", "dog"]
+    assert stored["class_weights"][1] > 2 * stored["class_weights"][0]
+    assert (tmp_path / "run/model_best/model.safetensors").is_file()
+
+
 def test_an_evaluation_of_another_task_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="masked_cosine needs a task that predicts hidden patches, not classify"):
         dry_run(classify(tmp_path, "evals=[masked_cosine, topk]"))
@@ -147,13 +181,12 @@ def test_a_report_of_a_classification_has_no_pictures_of_patches(tmp_path: Path)
     assert "held-out" in write_report(tmp_path).read_text()
 
 
-def test_from_pre_training_to_fine_tuning(tmp_path: Path) -> None:
-    train(recipe(tmp_path / "mim", "run.length=2 steps", "run.evaluate_every=0 steps", "data.holdout=0"))
+def test_from_pre_training_to_fine_tuning(mim: Path, tmp_path: Path) -> None:
     made = classify(tmp_path / "fine", "run.length=2 steps")
     content = made.model_dump(mode="json")
     content["task"] = {
         "name": "classify",
-        "init_from": str(tmp_path / "mim"),
+        "init_from": str(mim),
         "backbone": {"name": "vit", "drop_path": 0.1},
     }
     train(Recipe.model_validate(content))
