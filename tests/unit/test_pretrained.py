@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+import openeva
 from openeva.backbones.base import STATISTICS
 from openeva.backbones.vit import VARIANTS, Config
 from openeva.checkpoints.native import model_path
@@ -180,3 +183,20 @@ def test_mistyped_names_and_folders(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, f"{folder}:{folder / 'gone'}")
     with pytest.raises(WeightsError, match=rf"{VARIABLE} names folders that do not exist: .*gone"):
         resolve("eva_psz14")
+
+
+def test_timms_own_file_by_timms_name_gives_timms_logits(folder: Path) -> None:
+    """The smallest released architecture in full size: name, file, rotary positions, pooling, head."""
+    tag = "eva02_tiny_patch14_336.mim_in22k_ft_in1k"
+    theirs = timm.create_model(tag, pretrained=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    save_file(theirs.state_dict(), folder / f"{tag}.safetensors")
+    ours = openeva.load_checkpoint(tag)
+    assert isinstance(ours, ImageClassifier)
+    assert ours.load_report.lines()[1:] == []
+    view = openeva.transforms_for(ours).evaluate(np.zeros((500, 400, 3), np.uint8) + 90)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(view[None]), theirs(view[None]), rtol=1e-4, atol=1e-4)
