@@ -46,8 +46,8 @@ TINY = {"width": 64, "depth": 2, "num_heads": 4, "mlp_hidden": 128, "image_size"
 class OfficialAttention(Attention):
     """Attention as the official code computes it: logits materialised in fp32, q scaled first."""
 
-    def forward(self, x_BSD: Tensor, bias_HSS: Tensor | None = None, visible_BS: Tensor | None = None) -> Tensor:
-        """Attend; `bias_HSS` and `visible_BS` are not used by EVA."""
+    def forward(self, x_BSD: Tensor, *_: object) -> Tensor:
+        """Attend; the other arguments are not used by EVA."""
         qkv = F.linear(x_BSD, self.qkv.weight, self._bias())
         q_BHSK, k_BHSK, v_BHSK = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         with torch.autocast(x_BSD.device.type, enabled=False):

@@ -13,6 +13,7 @@ from openeva.backbones.vit import VisionTransformer as OurViT
 from openeva.checkpoints.detect import infer_vit_config, to_openeva
 from openeva.checkpoints.load import load_into
 from openeva.checkpoints.timm import to_timm
+from openeva.heads.classifier import ImageClassifier
 
 SIZE = {
     "img_size": 20,
@@ -31,6 +32,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "eva02_tiny": lambda: Eva(**ROPE, swiglu_mlp=True, mlp_ratio=50 / 24),
     "eva02_base": lambda: Eva(**ROPE, swiglu_mlp=True, mlp_ratio=50 / 24, qkv_fused=False, scale_mlp=True),
     "eva02_clip": lambda: Eva(**ROPE, swiglu_mlp=True, qkv_fused=False, scale_mlp=True, scale_attn_inner=True),
+    "eva02_oblong": lambda: Eva(**{**ROPE, "img_size": (15, 25)}, swiglu_mlp=True),
     "vit": lambda: TimmViT(**SIZE),
     "vit_layer_scale": lambda: TimmViT(**SIZE, init_values=0.5),
 }
@@ -52,7 +54,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def compare(theirs: nn.Module, ours: OurViT) -> None:
-    image = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(5))
+    image = torch.randn(2, 3, *ours.image_size, generator=torch.Generator().manual_seed(5))
     expected = theirs.forward_features(image)[:, 1:]
     actual = ours(image).patches
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
@@ -68,9 +70,9 @@ def compare(theirs: nn.Module, ours: OurViT) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_from_timm(name: str) -> None:
     theirs = randomised(MODELS[name]())
-    weights = to_openeva(theirs.state_dict())
-    ours = Config(**infer_vit_config(weights, num_heads=SIZE["num_heads"])).build().eval()
-    report = load_into(ours, weights, part="backbone", fresh=("backbone.mask_token",))
+    weights, grid = to_openeva(theirs.state_dict()), theirs.patch_embed.grid_size
+    ours = Config(**infer_vit_config(weights, num_heads=SIZE["num_heads"], grid=grid)).build().eval()
+    report = load_into(ours, weights, part="backbone", fresh=("backbone.mask_token",), grid=ours.grid, source_grid=grid)
     assert report.fresh == ["backbone.mask_token"]
     assert not report.dropped
     compare(theirs, ours)
@@ -79,9 +81,39 @@ def test_from_timm(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_to_timm(name: str) -> None:
     theirs = MODELS[name]()
-    config = Config(**infer_vit_config(to_openeva(theirs.state_dict()), num_heads=SIZE["num_heads"]))
-    ours = randomised(config.build())
+    weights, grid = to_openeva(theirs.state_dict()), theirs.patch_embed.grid_size
+    ours = randomised(Config(**infer_vit_config(weights, num_heads=SIZE["num_heads"], grid=grid)).build())
     weights, dropped = to_timm({f"backbone.{key}": tensor for key, tensor in ours.state_dict().items()})
     assert set(dropped) == {"backbone.mask_token"}
     theirs.load_state_dict(weights, strict=True)
     compare(theirs.eval(), ours)
+
+
+HEADED = {
+    "eva": lambda **head: Eva(**{**SIZE, **head}),
+    "eva02_tiny": lambda **head: Eva(**{**ROPE, **head}, swiglu_mlp=True),
+    "eva02_base": lambda **head: Eva(**{**ROPE, **head}, swiglu_mlp=True, qkv_fused=False, scale_mlp=True),
+    "vit": lambda **head: TimmViT(**{**SIZE, **head}),
+}
+
+
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize(("timm_pool", "pooling"), [("avg", "mean"), ("token", "cls")])
+def test_classifiers(name: str, timm_pool: str, pooling: str) -> None:
+    """timm -> ours -> another of timm's: the same logits three times."""
+    make = HEADED[name]
+    theirs, others = (randomised(make(num_classes=7, global_pool=timm_pool)) for _ in range(2))
+    with torch.no_grad():
+        others.head.weight.zero_()
+    weights = to_openeva(theirs.state_dict())
+    backbone = Config(**infer_vit_config(weights, num_heads=SIZE["num_heads"])).build()
+    ours = ImageClassifier(backbone, 7, pooling=pooling).eval()
+    report = load_into(ours, weights)
+    assert (report.fresh, report.dropped, report.resized) == ([], {}, {})
+    back, dropped = to_timm(ours.state_dict())
+    assert not dropped
+    others.load_state_dict(back, strict=True)
+    image = torch.randn(2, 3, 20, 20)
+    expected = theirs(image)
+    torch.testing.assert_close(ours(image), expected, rtol=1e-4, atol=2e-5)
+    assert torch.equal(others(image), expected)

@@ -151,3 +151,7 @@ def test_tables_stay_precise_in_a_model_of_low_precision() -> None:
     table = model._rope(model.grid, torch.device("cpu"))
     assert torch.equal(table, rope_table((4, 4), 16, 4))
     assert not any("rope" in name for name in model.state_dict())
+    arguments: list[Any] = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: arguments.extend(args[1:]))
+    model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))
+    assert not any(isinstance(argument, torch.Tensor | tuple) for argument in arguments)  # which FSDP would cast

@@ -337,18 +337,19 @@ class VisionTransformer(Backbone):
 
     def _encode(self, x_BSD: Tensor, grid: Grid, token_BS: Tensor | None, layers: tuple[int, ...]) -> Features:
         """Blocks and final norm, for tokens of all patches of `grid` or those of the index `token_BS`."""
-        place = None if grid == self.grid and token_BS is None else Place(grid, token_BS)
-        bias = None if self.relative_position is None else self.relative_position(place)
         rope = self._rope(grid, x_BSD.device)
         if rope is not None and token_BS is not None:
             rope = rope[token_BS]
+        plain = grid == self.grid and token_BS is None and rope is None
+        place = None if plain else Place(grid, token_BS, rope)
+        bias = None if self.relative_position is None else self.relative_position(place)
         wanted = {layer % self.num_layers: layer for layer in layers}
         pyramid: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
-                x_BSD = checkpoint(block, x_BSD, bias, None, rope, place, use_reentrant=False)
+                x_BSD = checkpoint(block, x_BSD, bias, None, place, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, bias, None, rope, place)
+                x_BSD = block(x_BSD, bias, None, place)
             if number in wanted:
                 pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, grid)
         x_BSD = self.norm(x_BSD)

@@ -67,7 +67,6 @@ class Attention(nn.Module):
         x_BSD: Float[Tensor, "B S D"],
         bias: Float[Tensor, "H S S"] | Float[Tensor, "B H S S"] | None = None,
         visible_BS: Bool[Tensor, "B S"] | None = None,
-        rope: Float[Tensor, "S P 2"] | Float[Tensor, "B S P 2"] | None = None,
         place: Place | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Attend.
@@ -76,15 +75,15 @@ class Attention(nn.Module):
             x_BSD: Tokens.
             bias: Added to the logits (the model's shared relative position bias).
             visible_BS: True where a token may be attended to; None for all.
-            rope: Table of `layers/rope.py` that turns queries and keys; None turns nothing.
-            place: Where the tokens stand, for this block's own bias; None for all patches of its grid.
+            place: Where the tokens stand, for RoPE and this block's own bias; None for all patches of the grid that it
+                was built for, without RoPE.
         """
         qkv_BSF = self._project(x_BSD)
-        if rope is None:
+        if place is None or place.rope is None:
             q_BHSK, k_BHSK, v_BHSK = qkv_BSF.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             qkv_BSHK = qkv_BSF.unflatten(-1, (3 * self.num_heads, -1))
-            qk_BSHK = rotate(qkv_BSHK[:, :, : 2 * self.num_heads], rope)
+            qk_BSHK = rotate(qkv_BSHK[:, :, : 2 * self.num_heads], place.rope)
             q_BHSK, k_BHSK = qk_BSHK.transpose(1, 2).chunk(2, dim=1)
             v_BHSK = qkv_BSHK[:, :, 2 * self.num_heads :].transpose(1, 2)
         mask = self._logit_mask(q_BHSK, bias, visible_BS, place)

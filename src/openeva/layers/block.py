@@ -60,14 +60,13 @@ class Block(nn.Module):
         x_BSD: Float[Tensor, "B S D"],
         bias: Float[Tensor, "H S S"] | Float[Tensor, "B H S S"] | None = None,
         visible_BS: Bool[Tensor, "B S"] | None = None,
-        rope: Float[Tensor, "S P 2"] | Float[Tensor, "B S P 2"] | None = None,
         place: Place | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Transform tokens; see `Attention.forward` for the optional arguments."""
         if self.norm_order == "pre":
-            x_BSD = x_BSD + self._branch(self.attn(self.norm1(x_BSD), bias, visible_BS, rope, place), self.gamma_1)
+            x_BSD = x_BSD + self._branch(self.attn(self.norm1(x_BSD), bias, visible_BS, place), self.gamma_1)
             return x_BSD + self._branch(self.mlp(self.norm2(x_BSD)), self.gamma_2)
-        x_BSD = x_BSD + self._branch(self.norm1(self.attn(x_BSD, bias, visible_BS, rope, place)), self.gamma_1)
+        x_BSD = x_BSD + self._branch(self.norm1(self.attn(x_BSD, bias, visible_BS, place)), self.gamma_1)
         return x_BSD + self._branch(self.norm2(self.mlp(x_BSD)), self.gamma_2)
 
     def _branch(self, branch_BSD: Tensor, gamma_D: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ stored; a module can look up another grid than its own, through its table resize
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -19,16 +19,22 @@ from openeva.layers.per_grid import PerGrid
 Grid = tuple[int, int]
 
 
-class Place(NamedTuple):
-    """Where tokens stand, when they are not simply all patches of the grid that a module was built for.
+@dataclass(frozen=True)
+class Place:
+    """Where tokens stand.
+
+    No tuple on purpose: FSDP casts the tensors in a module's arguments, those in tuples too, to the weights' dtype,
+    and rotary angles need more digits than bf16 has.
 
     Attributes:
         grid: Rows and columns of patches.
         token_BS: Index of each token among cls and the patches of `grid`; None for all of them in order.
+        rope: Table of `layers/rope.py` for these tokens; None turns nothing.
     """
 
     grid: Grid
     token_BS: Int[Tensor, "B S"] | None = None
+    rope: Float[Tensor, "S P 2"] | Float[Tensor, "B S P 2"] | None = None
 
 
 def joint_index(grid: tuple[int, int]) -> Int[Tensor, "S S"]:
