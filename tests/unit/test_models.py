@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
@@ -158,6 +159,31 @@ def test_timms_file_of_pretrained_weights_has_its_norm_elsewhere(folder: Path) -
     assert torch.equal(model.norm.weight, weights["norm.weight"])
     assert model.load_report.fresh == ["backbone.mask_token"]
     assert "resized: backbone.norm.weight: named fc_norm.weight in timm's file" in model.load_report.lines()
+
+
+@pytest.mark.parametrize(
+    ("repository", "file", "name"),
+    [
+        ("BAAI/EVA", "eva_21k_1k_336px_psz14_ema_89p6.pt", "eva_21k_1k_336px_psz14_ema_89p6"),
+        (
+            "timm/eva_giant_patch14_336.m30m_ft_in22k_in1k",
+            "model.safetensors",
+            "eva_giant_patch14_336.m30m_ft_in22k_in1k",
+        ),
+    ],
+)
+def test_what_the_hub_brought_once_is_found_without_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, repository: str, file: str, name: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    cached = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("f00")
+    write_state_dict(cached / "snapshots" / "f00" / file, official(head="classifier"))
+    model = openeva.create_model("eva_g_14", weights=name)
+    assert isinstance(model, ImageClassifier)
+    assert model.origin.entry is PRETRAINED["eva_21k_1k_336px_psz14_ema_89p6"]  # timm's file is called as all others
 
 
 @pytest.mark.parametrize("image_size", [6 * PATCH, (3 * PATCH, 6 * PATCH)])
