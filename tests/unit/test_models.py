@@ -123,6 +123,7 @@ def test_a_linear_probe_keeps_its_batch_norm(folder: Path) -> None:
     torch.testing.assert_close(model(image()), scaled @ weights["head.1.weight"].T + weights["head.1.bias"])
     plain = openeva.create_model("eva_g_14", weights=name, num_classes=3)
     assert isinstance(plain.classifier, torch.nn.Linear)
+    assert plain.load_report.dropped["classifier.1.weight"] == "the model's classifier is of another kind"
 
 
 def test_the_projection_of_a_clip_tower_is_no_classifier(folder: Path) -> None:

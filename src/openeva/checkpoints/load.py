@@ -33,12 +33,13 @@ from openeva.registry import did_you_mean
 INDEX_REASON = "index table, computed from the grid"
 ROPE_REASON = "rotary table, computed from the grid"
 
+CLASSIFIER = "classifier."
 DROPPABLE = {
     "backbone.mask_token": "the model has no mask token",
     "backbone.norm.": "the model has no final norm",
     "head.": "the model has no prediction head",
     "fc_norm.": "the model has no norm after pooling",
-    "classifier.": "the model has no classifier",
+    CLASSIFIER: "the model has no classifier",
     "decoder.": "the model has no decoder",
 }
 """Start of a name that a file may hold and the model may lack -> why it is dropped then."""
@@ -366,6 +367,8 @@ def _account_for_surplus(key: str, tensor: Tensor, expected: Mapping[str, Tensor
     why = next((why for start, why in DROPPABLE.items() if key.startswith(start)), None)
     if why is None:
         return [f"{key} {_shape(tensor)} has no place in the model{did_you_mean(key, list(expected))}"]
+    if key.startswith(CLASSIFIER) and any(name.startswith(CLASSIFIER) for name in expected):
+        why = "the model's classifier is of another kind"
     report.dropped[key] = why
     return []
 
