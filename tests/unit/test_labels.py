@@ -20,6 +20,7 @@ from openeva.data.sources import elpv, image_folder, scenes
 from openeva.data.sources.base import Sample
 from openeva.data.subset import Part, hold_out
 from openeva.data.views import CropConfig, ViewSpec
+from openeva.train import Recipe, train
 
 CENTER = CropConfig(kind="center", hflip=0.0)
 
@@ -188,6 +189,8 @@ def test_a_list_of_other_images_is_an_error(tmp_path, caplog):
     file.write_text(f"path,label\nelsewhere.png,dog\n{root}/dog/000.png,dog\n")
     assert len(config(root, holdout=str(file)).open()[1]) == 1
     assert "elsewhere.png" in caplog.text
+    with pytest.raises(ValueError, match="does not exist; give a share"):
+        config(root, holdout="nothing.csv").open()
     file.write_text("file\na.png\n")
     with pytest.raises(ValueError, match="no column `path`"):
         config(root, holdout=str(file)).open()
@@ -317,3 +320,40 @@ def test_evaluation_batches_name_their_images_of_whatever_size(tmp_path):
                 seen[name] = data.class_names[label]
     assert len(seen) == 16
     assert all(Path(name).parent.name == label for name, label in seen.items())
+
+
+# -------------------------------------------------------------------------------------------------------- whole run
+
+
+def test_a_continued_run_holds_out_the_same_images_when_more_are_added(tmp_path):
+    root = folders(tmp_path / "data", dog=12, ant=8)
+    backbone = {
+        "name": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_hidden": 32,
+    }
+
+    def run(length):
+        content = {
+            "task": {"name": "classify", "backbone": backbone, "mixup": {"cutmix": 1.0}, "erasing": {"prob": 0.5}},
+            "data": {
+                "train": [{"name": "image_folder", "roots": root, "labels": True}], "holdout": 0.3, "balance": 0.5,
+                "crop": {"randaugment": "rand-m9-mstd0.5-inc1"}, "num_workers": 0,
+            },
+            "optim": {"warmup": "0 steps"},
+            "run": {"out": tmp_path / "run", "length": length, "batch_size": 4, "device": "cpu",
+                    "evaluate_every": "1 steps", "log_every": "1 steps"},
+        }  # fmt: skip
+        return train(validate(Recipe, content))
+
+    assert run("1 steps").status == "finished"
+    listed = (tmp_path / "run/held_out.csv").read_text()
+    assert Counter(row["label"] for row in csv.DictReader(listed.splitlines())) == {"dog": 4, "ant": 2}
+    for number in range(50, 60):
+        Image.new("RGB", (20, 20)).save(tmp_path / "data/ant" / f"{number}.png")
+    assert run("2 steps").step == 2
+    assert (tmp_path / "run/held_out.csv").read_text() == listed

@@ -88,6 +88,7 @@ def test_crop_of_the_linear_probe():
     config = CropConfig(kind="byol", scale=(0.08, 1.0))
     crops = [config.draw(50, 400, random.Random(seed)) for seed in range(300)]
     assert np.mean([crop.height == 50 for crop in crops]) > 0.5
+    assert max(crop.width / crop.height for crop in crops) > 2
     assert {crop.flip for crop in crops} == {True, False}
     assert config.cut(noise(50, 400), crops[0], (32, 32)).shape == (3, 32, 32)
 

@@ -126,9 +126,12 @@ def hold_out_listed(sources: Sequence[Source], file: Path) -> list[tuple[Source,
     """Hold out the samples that a `held_out.csv` of an earlier run names; None where a source has none of them.
 
     Raises:
-        ValueError: The file has no column `path`, names nothing that is there, or all samples of a source.
+        ValueError: There is no such file, it has no column `path`, or it names nothing that is there or all samples of
+            a source.
         OSError: The file cannot be read.
     """
+    if not file.is_file():
+        raise ValueError(f"data.holdout: {file} does not exist; give a share below 1, or the held_out.csv of a run")
     with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines)
         if "path" not in (rows.fieldnames or []):
