@@ -83,7 +83,7 @@ def predict(
         say(f"class names: {predictor.classes.source}", style="dim")
     for place in (out, features, picture):
         if place is not None and failed < len(job.images):
-            say(f"written: {place}", error=written_as is not None)
+            say(f"written: {place}", error=written_as is not None, style="dim")
     if failed:
         say(f"{failed} of {len(job.images)} images could not be read", error=True)
         raise typer.Exit(EXIT_FAILED)

@@ -20,7 +20,13 @@ def stdout() -> Console:
 
 
 def say(text: str, *, error: bool = False, style: str | None = None) -> None:
-    """Print text as it is: no markup, no wrapping, so that paths can be copied and output can be piped."""
+    """Print text as it is: no markup, no wrapping, so that paths can be copied and output can be piped.
+
+    Args:
+        text: What to say.
+        error: To the standard error, in red where no style is given.
+        style: Of the text, in rich's words.
+    """
     console = Console(stderr=error)
     console.print(text, markup=False, highlight=False, soft_wrap=True, style=style or ("bold red" if error else None))
 
