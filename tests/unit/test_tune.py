@@ -67,13 +67,13 @@ def trained(task: Task, seed: int = 1) -> Task:
     return task
 
 
-def images(side: int = 16) -> Tensor:
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
+def images(height: int = 16, width: int = 16) -> Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(5))
 
 
 def logits(task: Task) -> Tensor:
     with torch.no_grad():
-        return task.eval().trainable(images(task.backbone.image_size[0]))
+        return task.eval().trainable(images(*task.backbone.image_size))
 
 
 @pytest.fixture
@@ -141,12 +141,13 @@ ARCHITECTURES = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 @pytest.mark.parametrize("tune", [{"mode": "lora"}, {"mode": "peft", "type": "ia3"}], ids=str)
-def test_every_adapter_is_at_work(architecture: dict[str, Any], tune: dict[str, Any]) -> None:
+def test_every_adapter_is_at_work(architecture: dict[str, Any], tune: dict[str, Any], tmp_path: Path) -> None:
     """Fresh ones change nothing; trained ones do, each of them gets a gradient, and merging agrees."""
     if not set(architecture) <= set(vit.Config.model_fields):
         pytest.skip("not an architecture of this version")
-    plain = made({"mode": "all"}, **architecture)
-    task = made({**tune, "targets": ["all"]}, **architecture)
+    plain = trained(made({"mode": "all"}, **architecture), seed=2)
+    address = str(saved(plain, tmp_path / "model"))
+    task = made({**tune, "targets": ["all"]}, init_from=address, **architecture)
     before = logits(task)
     torch.testing.assert_close(before, logits(plain), atol=1e-6, rtol=1e-5)
     trained(task)
@@ -272,8 +273,8 @@ PARTS = [{"mode": "head"}, {"mode": "blocks", "first_block": 2}, {"mode": "lora"
 
 
 @pytest.mark.parametrize("tune", PARTS, ids=str)
-@pytest.mark.parametrize("size", [16, 24])
-def test_base_and_delta_are_the_whole_model(tune: dict[str, Any], size: int, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [16, 24, (24, 16)], ids=str)
+def test_base_and_delta_are_the_whole_model(tune: dict[str, Any], size: Any, base: Path, tmp_path: Path) -> None:
     """Also where the base's positions are resized."""
     task = trained(made(tune, init_from=str(base.parent), image_size=size))
     delta = saved(task, tmp_path / "delta")
@@ -303,8 +304,9 @@ def test_without_weights_to_refer_to_all_is_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(plain), logits(task), atol=1e-6, rtol=1e-5)
 
 
-def test_statistics_of_a_batch_norm_that_learns_are_saved(base: Path) -> None:
-    task = made({"mode": "head"}, init_from=str(base.parent), init_head=False, batch_norm=True)
+def test_statistics_of_a_batch_norm_that_learns_are_saved(tmp_path: Path) -> None:
+    base = saved(made({"mode": "all"}, batch_norm=True), tmp_path / "base")
+    task = made({"mode": "head"}, init_from=str(base), batch_norm=True)
     names = task.trained_part.names
     assert {"classifier.0.running_mean", "classifier.0.running_var", "classifier.0.num_batches_tracked"} <= names
     assert not any(name.startswith("backbone.") for name in names)
