@@ -257,8 +257,8 @@ def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -
     for config, needs in zip(recipe.evals, map(needs_of, evals), strict=True):
         if "train" in needs and isinstance(train, Streams):
             problems.append(f"evals: {config.name} needs training images that are files: streams cannot be read twice")
-        for part, data in (("train", train), ("val", val)):
-            if "labels" in needs and data is not None and not all(source.num_classes for source in data.sources):
+        for part, data in (("train", train), ("val", val)) if "labels" in needs else ():
+            if data is not None and not all(source.num_classes for source in data.sources):
                 problems.append(
                     f"evals: {config.name} needs labels, but data.{part} has none (image_folder: labels=true)"
                 )
@@ -446,16 +446,13 @@ def dry_run(recipe: Recipe) -> list[str]:
 
 def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World) -> None:
     """Write the trained weights in openeva's own format (collective); averaged ones too, beside them."""
-    notes: dict[str, Any] = {"val_crop": recipe.data.val_crop.model_dump(mode="json")}
     if state.ema is not None:  # first: where `folder` is complete, everything is
-        _export(task, state, folder.with_name(folder.name + "_ema"), world, averaged=True, **notes)
-    _export(task, state, folder, world, **notes)
+        _export(recipe, task, state, folder.with_name(folder.name + "_ema"), world, averaged=True)
+    _export(recipe, task, state, folder, world)
 
 
 def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, world: World) -> None:
-    """Write the weights to `model_best` where the metric of `run.keep_best` is the best so far (collective).
-
-    Of metrics with "loss" in their name less is better.
+    """Write the weights to `model_best` where `run.keep_best` is best so far; of a loss less is better (collective).
 
     Raises:
         ConfigError: There is no such metric.
@@ -465,19 +462,19 @@ def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, wor
         return
     if metric not in record:
         raise ConfigError([f"run.keep_best {metric!r} is not measured; measured are {', '.join(record)}"])
-    value = record[metric]
 
     def better() -> bool:
-        complete = is_complete(folder)
-        best = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["best"] if complete else {}
+        value = record[metric]
+        best = json.loads((folder / CONFIG_FILE).read_text("utf-8"))["best"] if is_complete(folder) else {}
         return metric not in best or (value < best[metric] if "loss" in metric else value > best[metric])
 
     if once(better):
-        notes = {"best": {metric: value}, "val_crop": recipe.data.val_crop.model_dump(mode="json")}
-        _export(task, state, folder, world, averaged=metric.startswith("ema_"), **notes)
+        _export(recipe, task, state, folder, world, averaged=metric.startswith("ema_"), best={metric: record[metric]})
 
 
-def _export(task: Task, state: TrainState, folder: Path, world: World, *, averaged: bool = False, **notes: Any) -> None:
+def _export(
+    recipe: Recipe, task: Task, state: TrainState, folder: Path, world: World, *, averaged: bool = False, **notes: Any
+) -> None:
     with state.ema.applied() if averaged and state.ema is not None else nullcontext():
         tensors, part = parameter_tensors(task.trainable), task.trained_part
         if world.is_main:
@@ -488,6 +485,7 @@ def _export(task: Task, state: TrainState, folder: Path, world: World, *, averag
                 "identity": task.identity(),
                 "step": state.progress.step,
                 "environment": environment(world.device),
+                "val_crop": recipe.data.val_crop.model_dump(mode="json"),
                 **delta,
                 **notes,
             }
