@@ -70,6 +70,17 @@ def test_a_file_that_needs_more_is_refused_with_the_reason(tmp_path: Path) -> No
     assert not ran.exists()
 
 
+def test_safetensors_whose_header_has_the_length_of_a_pickles_first_byte(tmp_path: Path) -> None:
+    weights, path = official(), tmp_path / "w.safetensors"
+    for length in range(0, 264, 8):
+        save_file(weights, path, metadata={"note": "x" * length})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no header of that length")
+    assert_same(read_state_dict(path), weights)
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_truncated(tmp_path: Path, suffix: str, share: float) -> None:

@@ -121,10 +121,10 @@ def _kind(path: Path) -> Literal["zip", "pickle", "safetensors"]:
         start = file.read(64)
     if start.startswith(b"PK\x03\x04"):
         return "zip"
+    if start[4:9] == b"\0\0\0\0{":  # first, since the length of the header (8 bytes) may begin as a pickle does
+        return "safetensors"
     if start.startswith(b"\x80"):
         return "pickle"
-    if start[8:9] == b"{":
-        return "safetensors"
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
     what = "is empty" if not start else f"starts with {start[:16]!r}"
