@@ -61,7 +61,7 @@ def check_fit(evals: Sequence[Evaluation], task: Any) -> None:
 
 
 class LabelledFeatures(NamedTuple):
-    """Pooled features of a data set with labels, on the CPU."""
+    """Pooled features of a data set with labels, on the CPU; in the order of sample numbers."""
 
     pooled: Float[Tensor, "B D"]
     labels: Int[Tensor, "B"]
@@ -98,9 +98,11 @@ def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> La
 @torch.no_grad()
 def _extract(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
     weight = next(backbone.parameters())
-    pooled, labels = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.int64)]  # there may be no images
+    none = torch.empty(0, dtype=torch.int64)  # there may be no images
+    pooled, labels, indices = [torch.empty(0, backbone.width)], [none], [none]
     for batch in loader:
         labels.append(batch["label"].cpu())
+        indices.append(batch["index"].cpu())
         if (batch["label"] < 0).any():
             break  # all processes will see it below
         # weights that are gathered in reduced precision (FSDP) take no other input outside autocast
@@ -108,17 +110,21 @@ def _extract(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFe
             batch["image"].to(weight.device), backbone.normalisation.mean, backbone.normalisation.std, weight.dtype
         )
         pooled.append(backbone(image_BCYX).pooled.float().cpu())
-    features = LabelledFeatures(torch.cat(pooled), torch.cat(labels))
+    found = (torch.cat(pooled), torch.cat(labels), torch.cat(indices))
     if dist.is_initialized() and dist.get_world_size() > 1:
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, features)
-        features = LabelledFeatures(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
-    if (features.labels < 0).any():
+        dist.all_gather_object(parts, found)
+        pooled_BD, label_B, index_B = (torch.cat(column) for column in zip(*parts, strict=True))
+    else:
+        pooled_BD, label_B, index_B = found
+    if (label_B < 0).any():
         raise ValueError(
             "this evaluation needs labels, but the data has none; remove it from `evals`, or give labels (such as"
             " `labels: true` of image_folder: one folder per class)"
         )
-    return features
+    # each process has every n-th sample; the folds of a probe go by the order
+    order_B = index_B.argsort()
+    return LabelledFeatures(pooled_BD[order_B], label_B[order_B])
 
 
 Result = TypeVar("Result")
