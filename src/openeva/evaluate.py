@@ -174,8 +174,10 @@ class Measurement:
 
     def other_metrics(self) -> Record:
         """Those that the table does not show."""
-        shown = ("imagenet_", "objectnet", "mean", "gap", "standard_")
-        return {name: value for name, value in self.metrics.items() if not (self.rows and name.startswith(shown))}
+        shown = [
+            n for n in self.metrics if n in {"mean", "gap"} or n.startswith(("imagenet_", "objectnet", "standard_"))
+        ]
+        return {name: value for name, value in self.metrics.items() if not self.rows or name not in shown}
 
     def write(self, file: Path) -> None:
         """Write everything as JSON."""

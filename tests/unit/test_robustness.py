@@ -163,6 +163,12 @@ def test_evaluate_says_what_is_missing_before_it_loads_weights(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_metrics_that_the_table_shows_are_not_said_twice() -> None:
+    metrics = {**measured(), "mean_class_accuracy": 0.5, "standard_mean": 0.5, "standard_gap": 0.1}
+    done = evaluate.Measurement("mine", metrics, compare(metrics, {}), [], {}, None)
+    assert done.other_metrics() == {"mean_class_accuracy": 0.5}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

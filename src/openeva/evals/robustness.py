@@ -14,8 +14,8 @@ named `standard_...`. "both" measures both.
 
 Paper: the gap is that of arXiv 2103.00020, section 3.3, averaged as EVA-CLIP does. Source: spec section 7 and section
 10, items 11 to 13; clip_and_eva02 section 4.6. Differences: every image counts once on however many processes (the
-official sampler pads 7,500, 18,574 and 50,889 images with duplicates), ReaL goes by file name, and the loss is a mean
-over images.
+official sampler pads 7,500, 18,574 and 50,889 images with duplicates), ReaL goes by file name, the loss is a mean over
+images, and the few photographs that lie on their side are turned upright (`data/decode.py`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
