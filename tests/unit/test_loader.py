@@ -280,6 +280,15 @@ def test_evaluation_leaves_out_broken_files():
     assert set(the_loader.broken) == {"0.png", "1.png", "7.png"}
 
 
+def test_caches_of_earlier_versions_stay_valid():
+    """The identity of plain views is what it was when only these keys existed."""
+    the_loader = EvalLoader(mixture(Colours(10)), PLAIN, CropConfig(kind="center"), batch_size=2)
+    keys = {"kind", "scale", "ratio", "hflip", "crop_pct", "interpolation", "color_jitter"}
+    assert set(the_loader.identity["crop"]) == keys
+    augmented = EvalLoader(mixture(Colours(10)), PLAIN, CropConfig(randaugment="rand-m9"), batch_size=2)
+    assert augmented.identity["crop"]["randaugment"] == "rand-m9"
+
+
 def test_a_limit_takes_samples_from_everywhere():
     the_loader = EvalLoader(mixture(Colours(1000)), PLAIN, CropConfig(), batch_size=50, limit=50)
     seen = [n for batch in the_loader for n in numbers(batch)]

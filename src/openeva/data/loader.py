@@ -336,7 +336,8 @@ class EvalLoader(_Loader):
     @property
     def identity(self) -> dict[str, Any]:
         """What the pixels depend on, as JSON values: samples (as far as the sources can tell), crop and sizes."""
-        spec, crop = self._maker.spec, self._maker.crop.model_dump(mode="json")
+        # what is off is left out, so that caches of versions that did not have it stay valid
+        spec, crop = self._maker.spec, self._maker.crop.model_dump(mode="json", exclude_none=True)
         return {"data": self._source.identity, "crop": crop, "sizes": [[*spec.image_size], [*(spec.target_size or ())]]}
 
     def part(self, *, limit: int | None = None, rank: int = 0, world_size: int = 1) -> "EvalLoader":
