@@ -108,6 +108,14 @@ def test_a_released_classifier_comes_whole_and_is_fresh_for_other_classes(folder
     assert isinstance(openeva.create_model("eva_g_14", weights=name, num_classes=0), VisionTransformer)
 
 
+def test_a_released_classifier_that_lacks_something_is_refused(folder: Path) -> None:
+    weights = official(head="classifier")
+    del weights["fc_norm.bias"]
+    name = put(folder, "eva_21k_224px_psz14", weights)
+    with pytest.raises(ValueError, match=r"fc_norm\.bias 16 is missing"):
+        openeva.create_model("eva_g_14", weights=name)
+
+
 def test_a_linear_probe_keeps_its_batch_norm(folder: Path) -> None:
     weights = official(head="none") | {
         "head.0.running_mean": torch.randn(WIDTH),

@@ -63,53 +63,55 @@ def convert(
         FileNotFoundError: Nothing at `source`.
         ValueError: Not readable, not a known model, unknown names in it, or the wanted layout cannot express it.
     """
+    weights = _read_known(source, ema)
+    report = LoadReport(str(source), weights.described)
+    state_dict, dropped = drop_index_buffers(weights.state_dict)
+    from_grid = weights.grid or infer_grid(state_dict)
+    to_grid = grid or from_grid
+    wanted = _resized_shapes(state_dict, patch_size, grid)
+    state_dict = adapt(state_dict, wanted, report, grid=to_grid, source_grid=from_grid)
+    changed = dtype is not None or bool(report.resized)
+    report.resized = {**weights.moved, **report.resized}
+    if dtype is not None:
+        state_dict = {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state_dict.items()}
+    if to == "openeva":
+        outline = None if changed else _outline(weights, state_dict)
+        report.dropped |= dropped if outline is None else {}
+        _write_native(
+            out, state_dict, _native_config(weights, state_dict, to_grid, num_heads, outline), outline, report
+        )
+        return report
+    if not changed and wrapper is None and (outline := _restored(source, out, to, state_dict)) is not None:
+        report.kept = dict.fromkeys([*outline.kept(), *outline.beside()], f"from {ORIGINAL_FILE}")
+        return report
+    report.dropped |= dropped
+    if to == "timm":
+        _write_timm(out, state_dict, report)
+        return report
+    tables = _rope_tables(weights, state_dict, to_grid, num_heads)
+    write_state_dict(out, to_official(state_dict) | tables, wrapper or "model")
+    return report
+
+
+def _read_known(source: Path, ema: bool | None) -> Weights:
     weights = read_weights(source, ema=ema)
     unknown = unknown_names(weights.state_dict)
     if unknown:
         raise ValueError(
             "\n".join([f"{source}: no known model has these weights:", *(f"  - {key}" for key in unknown)])
         )
-    report = LoadReport(str(source), weights.described)
-    state_dict, dropped = drop_index_buffers(weights.state_dict)
-    grid_from = weights.grid or infer_grid(state_dict)
-    state_dict = adapt(
-        state_dict,
-        _resized_shapes(state_dict, patch_size, grid),
-        report,
-        grid=grid or grid_from,
-        source_grid=grid_from,
-    )
-    changed = dtype is not None or bool(report.resized)
-    report.resized = {**dict(weights.moved), **report.resized}
-    if dtype is not None:
-        state_dict = {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state_dict.items()}
-    if to == "openeva":
-        outline = None if changed else _outline(weights, state_dict)
-        if outline is None:
-            report.dropped |= dropped
-        else:
-            report.kept = dict.fromkeys(outline.kept(), f"in {ORIGINAL_FILE}, for the way back")
-            report.kept |= dict.fromkeys(outline.beside(), f"beside the weights, in {ORIGINAL_FILE}")
-        (out / ORIGINAL_FILE).unlink(missing_ok=True)  # that of other weights which were here before
-        save_native(out, state_dict, _native_config(weights, state_dict, grid or grid_from, num_heads, outline))
-        if outline is not None:
-            outline.save(out)
-        return report
-    if not changed and wrapper is None and (outline := _restored(source, out, to, state_dict)) is not None:
-        report.kept = dict.fromkeys([*outline.kept(), *outline.beside()], f"from {ORIGINAL_FILE}")
-        return report
-    report.dropped |= dropped
-    if to == "official":
-        tables: StateDict = {}
-        if GATED in state_dict:  # EVA-02: the official loader wants its rotary tables in the file
-            backbone = _backbone_config(weights, state_dict, grid or grid_from, num_heads)
-            tables = rope_buffers(backbone, state_dict[PATCH_KERNEL].dtype)
-        write_state_dict(out, to_official(state_dict) | tables, wrapper or "model")
-    else:
-        renamed, unplaced = to_timm(state_dict)
-        _move_to_dropped(report, unplaced)
-        write_state_dict(out, renamed, "bare")
-    return report
+    return weights
+
+
+def _write_native(
+    out: Path, state_dict: StateDict, config: Mapping[str, Any], outline: Outline | None, report: LoadReport
+) -> None:
+    (out / ORIGINAL_FILE).unlink(missing_ok=True)  # that of other weights which were here before
+    save_native(out, state_dict, config)
+    if outline is not None:
+        outline.save(out)
+        report.kept = dict.fromkeys(outline.kept(), f"in {ORIGINAL_FILE}, for the way back")
+        report.kept |= dict.fromkeys(outline.beside(), f"beside the weights, in {ORIGINAL_FILE}")
 
 
 def _outline(weights: Weights, state_dict: Mapping[str, Tensor]) -> Outline | None:
@@ -196,6 +198,18 @@ def _file_name(weights: Weights) -> str:
     return weights.entry.name + weights.source.suffix if weights.entry is not None else weights.source.name
 
 
-def _move_to_dropped(report: LoadReport, unplaced: Mapping[str, str]) -> None:
+def _rope_tables(
+    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+) -> StateDict:
+    """Of EVA-02, whose official loader wants them in the file."""
+    if GATED not in state_dict:
+        return {}
+    backbone = _backbone_config(weights, state_dict, grid, num_heads)
+    return rope_buffers(backbone, state_dict[PATCH_KERNEL].dtype)
+
+
+def _write_timm(out: Path, state_dict: StateDict, report: LoadReport) -> None:
+    renamed, unplaced = to_timm(state_dict)
+    write_state_dict(out, renamed, "bare")
     report.used = [key for key in report.used if key not in unplaced]
     report.dropped |= unplaced
