@@ -59,6 +59,7 @@ def run(tmp_path: Path) -> Path:
     recipe = {"data": {"train": [{"name": "elpv"}], "val_crop": {"crop_pct": 0.875, "interpolation": "bicubic"}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     records = [{"step": 60, "loss": 0.5, "time": 1.0}, {"step": 70, "top1": 0.8125, "held_out_loss": 0.6, "time": 2.0}]
+    records.append({"step": 70, "loss": 0.4, "time": 3.0})  # a log line that was late
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
