@@ -24,7 +24,7 @@ from openeva.engine.log import read_log
 from openeva.train import Recipe, train
 
 SHARES = {0.1: 2.0, 0.3: 1.5, 1.0: 1.0}
-"""Share of the labels -> how many times as many epochs as the recipe says: fewer images are seen more often."""
+"""Share of the labels -> how many times as many epochs as the recipe says from scratch; few images need more."""
 ABLATIONS = {
     "classifier drawn anew": ["task.probe_first=false"],
     "random crops": ["data.crop.kind=random", "data.crop.scale=[0.35, 1.0]"],
@@ -63,8 +63,7 @@ def measure_seed(seed: int, folder: Path, start: str, console: Console) -> dict[
         labels = [f"run.seed={seed}", f"data.train.0.label_fraction={share}", f"data.train.0.shots_seed={seed}"]
         at = folder / f"{seed}-{share}"
         found["frozen probe"][share] = {"auc": run_probe(at / "probe", [start, *labels], console)}
-        tuned = [start, *labels, epochs("classify/elpv", factor)]
-        found["fine-tuned"][share] = run("classify/elpv", at / "tuned", tuned, console)
+        found["fine-tuned"][share] = run("classify/elpv", at / "tuned", [start, *labels], console)
         scratch = [*labels, epochs("classify/elpv_scratch", factor)]
         found["from scratch"][share] = run("classify/elpv_scratch", at / "scratch", scratch, console)
     return found
