@@ -92,7 +92,9 @@ def predict(
 @app.command()
 def export(
     weights: Annotated[str, typer.Argument(metavar="MODEL", help="Official name, run, model folder or weight file.")],
-    out: Annotated[Path, typer.Argument(help="File ending in .onnx, .pt2 or .safetensors, or a model folder.")],
+    out: Annotated[
+        Path, typer.Argument(help="File ending in .onnx, .pt2 or .safetensors; with --to safetensors also a folder.")
+    ],
     to: Annotated[
         Literal["onnx", "torch", "safetensors"] | None, typer.Option(help="Kind.", show_default="by the ending")
     ] = None,

@@ -179,11 +179,9 @@ def _tried(name: str, what: str, look: Callable[[], str]) -> Check:
 
 
 def _look_at_device(device: str) -> str:
-    import torch
+    from openeva.engine.distributed import find_device
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU; set run.device=cpu, or see the line on the GPU above")
-    return "there"
+    return f"{find_device(device)} is there"
 
 
 def _look_at_wandb() -> str:

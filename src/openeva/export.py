@@ -27,7 +27,7 @@ from openeva.data.views import normalise
 from openeva.heads.classifier import ImageClassifier
 from openeva.inference.classes import class_names
 from openeva.inference.predictor import Weights, backbone_of, config_of, load_model
-from openeva.models import Origin
+from openeva.models import Origin, transforms_for
 
 To = Literal["onnx", "torch", "safetensors"]
 Expects = Literal["normalised", "unit", "uint8"]
@@ -264,14 +264,18 @@ def native_config(model: ImageClassifier | Backbone) -> dict[str, Any]:
         file = Path(origin.entry.file if origin.entry else origin.weights).name
         kept["converted_from"] = {"file": file, "layout": report.layout, "resized": sorted(report.resized)}
     task["backbone"] = {**architecture.model_dump(mode="json"), "weights": None}
-    return {**kept, "task": task}
+    crop = transforms_for(model).evaluate.crop.model_dump(mode="json")  # not the default of a run, once it is a folder
+    return {"val_crop": crop, **kept, "task": task}
 
 
 def _kind(path: Path, to: To | None) -> To:
     by_ending: To | None = next((kind for kind, suffix in SUFFIXES.items() if path.suffix == suffix), None)
     if to is None:
         if by_ending is None:
-            raise ValueError(f"{path} must end in {', '.join(SUFFIXES.values())}, or say which kind it should be (to)")
+            endings = ", ".join(SUFFIXES.values())
+            raise ValueError(
+                f"{path} must end in {endings}; for a model folder, give to='safetensors' (--to safetensors)"
+            )
         return by_ending
     is_folder = to == "safetensors" and path.suffix == ""
     if to != by_ending and not is_folder:

@@ -22,6 +22,7 @@ from openeva.backbones.base import Backbone
 from openeva.checkpoints.native import CONFIG_FILE, WEIGHTS_FILE, is_complete, save_native
 from openeva.checkpoints.pretrained import Accuracy, PretrainedWeights, find_entry
 from openeva.engine.log import read_log
+from openeva.evals.robustness import OFFICIAL_SIZES
 from openeva.export import native_config, native_tensors
 from openeva.heads.classifier import ImageClassifier
 
@@ -326,7 +327,7 @@ def _evaluation(facts: _Facts) -> str:
     if facts.entry is not None and facts.entry.published:
         which = "the averaged (EMA) weights" if facts.entry.averaged else "the weights"
         lines += [
-            f"{protocol} IN-V2 and ObjectNet, where given, by the official code's own protocol (336 pixels, bilinear).",
+            protocol + (_robustness_protocol(facts) if set(facts.entry.published) - {"imagenet_1k"} else ""),
             "",
             f"Published by the authors for {which} of the official file at {facts.entry.image_size} pixels (official "
             "README and logs), in percent; **not measured again on this copy**:",
@@ -346,6 +347,14 @@ def _evaluation(facts: _Facts) -> str:
             *(f"| {key} | {value:.4g} |" for key, value in facts.metrics.items()),
         ]
     return "\n".join(lines) or "No measurements are recorded for these weights."
+
+
+def _robustness_protocol(facts: _Facts) -> str:
+    size = OFFICIAL_SIZES["EVA-02" if _is_eva_02(facts) else "EVA-01"]
+    return (
+        f" Official exceptions: ImageNet-V2 and ObjectNet at {size} pixels, bilinear; ObjectNet with its red border,"
+        " counting the first ImageNet class of each of its classes only; ImageNet-A and -R among their own 200 classes."
+    )
 
 
 def _accuracy_row(benchmark: str, accuracy: Accuracy) -> str:

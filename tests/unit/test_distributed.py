@@ -38,6 +38,16 @@ def test_cuda_asked_for_and_absent() -> None:
         distributed.start("cuda")
 
 
+def test_devices_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown device 'gpu'; give auto"):
+        distributed.start("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.find_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="'cuda:2' asked for, but torch counts 2"):
+        distributed.find_device("cuda:2")
+
+
 @pytest.mark.parametrize("strategy", ["auto", "none", "ddp", "fsdp"])
 def test_one_process_needs_no_wrapper(strategy: str) -> None:
     module = nn.Linear(2, 2)

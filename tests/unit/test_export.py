@@ -19,6 +19,7 @@ from openeva.cli import app
 from openeva.data.views import normalise
 from openeva.export import ExportError, export_model, exported_metadata
 from openeva.heads.classifier import ImageClassifier
+from openeva.models import transforms_for
 
 SIZE = 32
 SIZES = {"image_size": SIZE, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "mlp_hidden": 48}
@@ -138,6 +139,7 @@ def test_weights_come_back_as_the_same_model(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(image)
         torch.testing.assert_close(openeva.load_checkpoint(str(tmp_path / "folder"))(image), expected, rtol=0, atol=0)
+    assert transforms_for(openeva.load_checkpoint(str(tmp_path / "folder"))) == transforms_for(model)
     state_dict, config = read_native(tmp_path / "folder")
     assert config["task"]["name"] == "classify"
     assert all(torch.equal(tensor, state_dict[key]) for key, tensor in model.state_dict().items())

@@ -121,6 +121,19 @@ def test_a_converted_model_names_its_authors_and_their_numbers(converted: Path) 
     assert {result.dataset_type: result.metric_value for result in facts.eval_results}["imagenet-a"] == 86.154
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(OFFICIAL, "at 336 pixels, bilinear"), ("eva02_L_pt_m38m_medft_in21k_ft_in1k_p14", "at 448 pixels")],
+)
+def test_the_protocol_of_the_published_numbers_is_that_of_their_code(converted: Path, name: str, size: str) -> None:
+    file = converted / "config.json"
+    config = json.loads(file.read_text())
+    config["converted_from"]["file"] = f"{name}.pt"
+    file.write_text(json.dumps(config))
+    card = push_to_hub(converted, "me/copy", dry_run=converted / "dry").card
+    assert f"ImageNet-V2 and ObjectNet {size}" in card
+
+
 def test_a_resized_copy_does_not_claim_the_published_numbers(converted: Path) -> None:
     file = converted / "config.json"
     config = json.loads(file.read_text())

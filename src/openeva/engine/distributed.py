@@ -40,19 +40,34 @@ def start(device: str = "auto", *, tf32: bool = True) -> World:
         tf32: Whether matrix products and convolutions in fp32 may round their factors to TF32 on a GPU.
 
     Raises:
-        ValueError: CUDA is asked for and absent.
+        ValueError: No such device, or CUDA is asked for and absent.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA device; use device=cpu or auto")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    target = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+    target = find_device(device, local_rank)
     if target.type == "cuda":
         torch.cuda.set_device(target)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
     return World(dist.get_rank() if dist.is_initialized() else 0, size, target)
+
+
+def find_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that a word of the user stands for; `local_rank` is that of the GPU where the word is "cuda".
+
+    Raises:
+        ValueError: No such device, or CUDA is asked for and absent.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA device; use device=cpu or auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        found = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; give auto, cpu, cuda, cuda:1, ...") from None
+    if device.startswith("cuda:") and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} asked for, but torch counts {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def stop() -> None:
