@@ -1,6 +1,7 @@
 """Block-wise masks against the official generator: seeded masks exactly, and statistics."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ def build(config):
         num_masked=config["num_masking_patches"],
         min_block=config["min_num_patches"],
         max_block=config["max_num_patches"],
-        aspect=(config["min_aspect"], config["max_aspect"]),
-    ).build(tuple(config["grid"]))
+        aspect=(config["min_aspect"], config.get("max_aspect", 1 / config["min_aspect"])),
+    ).build(tuple(config["grid"]) if "grid" in config else (config["input_size"],) * 2)
 
 
 @pytest.mark.parametrize("case", cases("blockwise_mask"), ids=str)
@@ -41,3 +42,24 @@ def test_statistics(case):
         assert np.abs(masks.mean(0) - np.array(entry["cell_frequency"])).max() < tolerance["cell_frequency_abs"]
         components = np.mean([ndimage.label(mask)[1] for mask in masks])
         assert abs(components - entry["components"]["mean_per_mask"]) < tolerance["mean_components"]
+
+
+@pytest.mark.parametrize("case", cases("eva02_block_masks"), ids=str)
+def test_eva02_draws_the_same_masks(case):
+    generator = build(case.config)
+    seeded = {name: re.fullmatch(r"out\.mask(\d+)_seed(\d+)", name) for name in case.tensors}
+    assert seeded
+    assert all(seeded.values())
+    for seed in {int(match[2]) for match in seeded.values()}:
+        rng = random.Random(seed)
+        for name in sorted((name for name, match in seeded.items() if int(match[2]) == seed), key=natural):
+            assert torch.equal(torch.from_numpy(generator(rng)), case.tensors[name].bool()), name
+    wanted = case.config["num_masking_patches"]
+    stats, rng = case.json["stats"], random.Random(case.json["stats"]["seed"])
+    counts = np.array([generator(rng).sum() for _ in range(stats["n"])])
+    assert (counts.mean(), counts.min(), counts.max()) == pytest.approx((stats["mean"], stats["min"], stats["max"]))
+    assert (counts == wanted).mean() == pytest.approx(stats[f"frac_exact{wanted}"])
+
+
+def natural(name):
+    return int(re.search(r"mask(\d+)", name)[1])
