@@ -43,19 +43,24 @@ class TopK:
         self.needs = frozenset({"logits"} if self._source is not None else {"logits", "labels"})
 
     def check(self, task: Any) -> None:
-        """Whether the task tells the classes of the images apart.
+        """Whether the task tells the classes of the images apart, and the metrics from its own.
 
         Raises:
             ValueError: It does not.
         """
         image_size_of(task, self.config.name)
         if self._source is not None:
+            if not self.config.prefix and hasattr(task, "evaluate"):
+                raise ValueError(
+                    f"evaluation {self.config.name} with a `source` would report under the names of the held-out"
+                    " images' accuracies; tell them apart by a `prefix`, such as prefix: other_"
+                )
             rows = getattr(self._source, "rows", None)
             check_classes(task, 1000 if rows else self._source.num_classes, self.config.name)
 
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
-        """`{"top1": ..., "top5": ..., "loss": ..., "images": ...}`; accuracies are shares.
+        """`{"top1": ..., "top5": ..., "held_out_loss": ..., "images": ...}`; accuracies are shares.
 
         Raises:
             ValueError: The task does not classify, or not into the classes of the images, or there are no labels.
@@ -75,5 +80,7 @@ class TopK:
         found = tally.result()
         if not found.num_images:
             raise ValueError(f"evaluation {config.name} found no images with labels; remove it from `evals`")
-        shares = {"top1": found.top1 / found.num_images, "top5": found.top5 / found.num_images, "loss": found.loss}
-        return {config.prefix + key: value for key, value in {**shares, "images": float(found.num_images)}.items()}
+        shares = {"top1": found.top1 / found.num_images, "top5": found.top5 / found.num_images}
+        # not "loss": by that name a log tells training steps from evaluations
+        metrics = {**shares, "held_out_loss": found.loss, "images": float(found.num_images)}
+        return {config.prefix + key: value for key, value in metrics.items()}
