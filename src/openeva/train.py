@@ -225,12 +225,8 @@ def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
     per_process = run.batch_size // world.size
     micro_batch = run.micro_batch or per_process
     if per_process % micro_batch:
-        raise ConfigError(
-            [
-                f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each,"
-                f" not a multiple of run.micro_batch {micro_batch}"
-            ]
-        )
+        each = f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each"
+        raise ConfigError([f"{each}, not a multiple of run.micro_batch {micro_batch}"])
     return per_process // micro_batch, micro_batch
 
 
@@ -289,6 +285,7 @@ def check_evals(recipe: Recipe, evals: list[Evaluation], task: Task) -> None:
 def train_loader(recipe: Recipe, task: Task, data: Mixture | Streams, world: World) -> TrainLoader:
     """The loader of training batches for this process."""
     accumulation, micro_batch = split_batch(recipe.run, world)
+    task.check_batch(micro_batch)
     return TrainLoader(
         data, task.view_spec(train=True), recipe.data.crop, batch_size=micro_batch, accumulation=accumulation,
         seed=recipe.run.seed, rank=world.rank, world_size=world.size, num_workers=recipe.data.workers,

@@ -173,6 +173,22 @@ def test_an_evaluation_of_another_task_is_refused_before_training(tmp_path: Path
         train(recipe(tmp_path, "evals=[masked_cosine, topk]"))
 
 
+def test_topk_beside_training_is_no_training_step_and_hides_no_metric(tmp_path: Path) -> None:
+    train(classify(tmp_path / "run", "run.length=2 steps", "evals=[topk]"))
+    (found,) = [record for record in read_log(tmp_path / "run") if "top1" in record]
+    assert found["images"] > 0
+    assert "loss" not in found
+    held_out = {"name": "topk", "source": BASE["data"]["train"][0]}
+    with pytest.raises(ValueError, match=r"topk with a `source` would report under the names .* prefix"):
+        dry_run(classify(tmp_path, f"evals=[{json.dumps(held_out)}]"))
+    dry_run(classify(tmp_path, f"evals=[{json.dumps({**held_out, 'prefix': 'same_'})}]"))
+
+
+def test_a_batch_that_cannot_be_mixed_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pair the images of a batch, and 7 is odd"):
+        dry_run(classify(tmp_path, "run.batch_size=7", "run.micro_batch=7", mixup={"cutmix": 1.0}))
+
+
 def test_a_report_of_a_classification_has_no_pictures_of_patches(tmp_path: Path) -> None:
     made = classify(tmp_path, "run.length=2 steps")
     train(made)

@@ -1,6 +1,7 @@
 """The classification task: what it starts from, what it minimises, what it measures, what it refuses."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from openeva.checkpoints.native import save_native
 from openeva.config import ConfigError
-from openeva.data.mixture import Mixture
+from openeva.data.mixture import Mixture, Streams
 from openeva.data.sources.base import Sample
 from openeva.tasks.classify import ClassifyTask, Config
 from openeva.tasks.pretrain import Config as Pretrain
@@ -49,6 +50,15 @@ class Labelled:
 
 def data(labels: list[int], names: list[str]) -> Mixture:
     return Mixture([Labelled(labels, names)], [1.0])
+
+
+class NoFiles:
+    """A stream: samples that come one after another."""
+
+    num_classes, samples_per_epoch, class_names = 2, 100, ("a", "b")
+
+    def stream(self, *, epoch: int, seed: int, part: int, num_parts: int) -> Iterator[Sample]:
+        raise AssertionError("nothing needs to be read")
 
 
 # ------------------------------------------------------------------------------------------- what it starts from
@@ -94,6 +104,20 @@ def test_keys_given_beside_init_from_win(mim: Path) -> None:
     assert task.backbone.image_size == (64, 64)
     assert "backbone.pos_embed" in task.load_report.resized
     assert task.backbone.config.drop_path == 0.2
+
+
+def test_fixed_positions_become_learned_ones(tmp_path: Path) -> None:
+    """EVA-L is pre-trained with a sin-cos table, which its classifiers learn on."""
+    assert Config(init_from="eva_l_psz14", num_classes=3).backbone.positions == "learned"
+    assert Config(init_from="eva_l_psz14_21k_ft", num_classes=3).backbone.positions == "learned"
+    fixed = {**VIT, "positions": "sincos"}
+    state = Config(backbone={**fixed, "final_norm": True}, num_classes=3, pooling="cls").build().trainable.state_dict()
+    save_native(tmp_path, state, {"task": {"name": "pretrain", "backbone": fixed}})
+    task = Config(init_from=str(tmp_path), num_classes=3).build()
+    assert task.backbone.pos_embed.requires_grad
+    torch.testing.assert_close(task.backbone.pos_embed.detach(), state["backbone.pos_embed"])
+    kept = Config(init_from=str(tmp_path), num_classes=3, backbone={"name": "vit", "positions": "sincos"})
+    assert kept.backbone.positions == "sincos"
 
 
 def exported(folder: Path, names: list[str]) -> str:
@@ -270,6 +294,15 @@ def test_balanced_classes_have_the_same_weight_in_all() -> None:
 def test_data_that_does_not_suit_a_classifier(train: Any, val: Any, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Config(backbone=VIT, **keys).fit_to(data(*train), data(*val) if val else None)
+
+
+def test_what_no_probe_can_be_made_of_is_said_before_the_images_are_looked_at() -> None:
+    config = Config(backbone=VIT, probe_first=True)
+    config.fit_to(data([0, 0, 1, 1], ["a", "b", "none"]), None)
+    with pytest.raises(ConfigError, match=r"two training images; b: only one; set task\.probe_first=false"):
+        config.fit_to(data([0, 0, 1], ["a", "b"]), None)
+    with pytest.raises(ConfigError, match=r"streams do not allow; set task\.probe_first=false"):
+        config.fit_to(Streams([NoFiles()], [1.0]), None)
 
 
 def test_the_number_of_classes_must_be_known_and_more_than_one() -> None:

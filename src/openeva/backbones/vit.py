@@ -9,6 +9,7 @@ recomputed and never stored; attention is fused; images may have any size and sh
 """
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from openeva.backbones.base import STATISTICS, Backbone, Features
 from openeva.checkpoints.detect import infer_vit_config
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
+from openeva.checkpoints.pretrained import find_entry
 from openeva.checkpoints.resize import (
     Grid,
     resize_decoupled_relative_position_table,
@@ -182,6 +184,29 @@ def architecture_of(weights: str) -> dict[str, Any]:
     backbone = dict((found.config.get("task") or {}).get("backbone") or {})  # type: ignore[call-overload,attr-defined]
     backbone.pop("weights", None)
     return backbone or infer_vit_config(found.state_dict, grid=found.grid)
+
+
+TRAINING_KEYS = (
+    *("weights", "init", "final_norm", "drop_path", "dropout", "attention_dropout", "patch_grad_scale"),
+    "activation_checkpointing",
+)
+"""Keys that are not part of the architecture, and so are not taken from weights."""
+
+
+def architecture_to_fine_tune(weights: str) -> dict[str, Any]:
+    """Keys of a transformer that starts from weights; of released ones without looking at the file.
+
+    Fixed sin-cos positions become learned ones, which start from the table (spec section 1.1).
+    """
+    entry = None if Path(weights).expanduser().exists() else find_entry(weights)
+    if entry is None:
+        found = architecture_of(weights)
+    else:
+        size = {} if entry.image_size is None else {"image_size": entry.image_size}
+        found = {"variant": entry.variant, **VARIANTS[entry.variant], **size, **entry.overrides}
+    if found.get("positions") == "sincos":
+        found["positions"] = "learned"
+    return {key: value for key, value in found.items() if key not in TRAINING_KEYS}
 
 
 class PatchEmbed(nn.Module):

@@ -65,7 +65,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if self.val and self.holdout:
-            raise ValueError("give either val sources or a holdout share, not both")
+            raise ValueError("give either val sources or a holdout share, not both; with val sources, set holdout=0")
         if isinstance(self.num_workers, int) and self.num_workers < 0:
             raise ValueError("num_workers is 0 or more, or 'auto'")
         return self
@@ -261,7 +261,8 @@ class TrainLoader(_Loader):
         if not self.steps_per_epoch:
             raise ValueError(
                 f"{available} samples per epoch do not fill one global batch of {self._global_batch} = {batch_size} x "
-                f"{accumulation} micro-batches x {world_size} processes; lower the batch size or add images"
+                f"{accumulation} micro-batches x {world_size} processes; lower run.batch_size"
+                " (and run.micro_batch, where given), or add images"
             )
         super().__init__(num_workers, prefetch, max_broken, min(_FEWEST_READS, available))
 

@@ -236,14 +236,15 @@ def label_problems(train: Mixture | Streams, val: Mixture | None) -> list[str]:
         if empty:
             problems.append(
                 f"data.train.{number}: {len(empty)} of its {len(names)} classes have no images"
-                f" ({_some([names[label] for label in empty])}); add images, remove the class, or, if it is meant so,"
+                f" ({some_of([names[label] for label in empty])}); add images, remove the class, or, if it is meant so,"
                 " list all classes as `classes` of this source"
             )
     unknown = [name for name in (val.class_names if val else []) if name not in set(train.class_names)]
     if unknown:
         problems.append(
-            f"data.val has {len(unknown)} classes that data.train does not have: {_some(unknown)} (those of data.train:"
-            f" {_some(train.class_names)}); classes are told by their names, so rename or leave out the others"
+            f"data.val has {len(unknown)} classes that data.train does not have: {some_of(unknown)} (those of"
+            f" data.train: {some_of(train.class_names)}); classes are told by their names, so rename or leave out the"
+            " others"
         )
     return problems
 
@@ -254,5 +255,6 @@ def _unlabelled(where: str, data: Mixture | Streams) -> list[str]:
     return [f"{where}.{n} has no labels {how}" for n, source in enumerate(sources) if not source.num_classes]
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, for messages."""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

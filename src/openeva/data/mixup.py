@@ -68,13 +68,21 @@ class Mixup:
         """
         share = 1.0  # of an image itself
         if self.config.active:
-            if len(image_BCYX) % 2:
-                raise ValueError(
-                    f"mixup and cutmix pair the images of a batch, and {len(image_BCYX)} is odd: choose an even"
-                    " micro-batch (run.batch_size over processes, or run.micro_batch), or set both to 0"
-                )
+            self.check(len(image_BCYX))
             image_BCYX, share = self._mix(image_BCYX)
         return image_BCYX, mixed_target(label_B, num_classes, share=share, smoothing=smoothing)
+
+    def check(self, num_images: int) -> None:
+        """Whether a batch of that many images can be mixed.
+
+        Raises:
+            ValueError: It cannot: their number is odd.
+        """
+        if self.config.active and num_images % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a batch, and {num_images} is odd: choose an even"
+                " micro-batch (run.batch_size over processes, or run.micro_batch), or set both to 0"
+            )
 
     def _mix(self, image_BCYX: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "B C Y X"], float]:
         config = self.config

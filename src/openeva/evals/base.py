@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from openeva.backbones.base import Backbone
@@ -22,7 +24,7 @@ from openeva.data.mixture import Mixture
 from openeva.data.sources.base import Source
 from openeva.data.views import CropConfig, ViewSpec, normalise
 from openeva.data.workers import resolve_workers
-from openeva.engine.distributed import sum_over_processes
+from openeva.engine.distributed import gather_over_processes, sum_over_processes
 
 
 @runtime_checkable
@@ -60,6 +62,17 @@ def check_fit(evals: Sequence[Evaluation], task: Any) -> None:
         getattr(evaluation, "check", lambda _: None)(task)
 
 
+def _process() -> tuple[int, int]:
+    """Number of this process and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_share(loader: EvalLoader) -> EvalLoader:
+    """This process's images of a loader that gives all of them to every process."""
+    rank, world_size = _process()
+    return loader.part(rank=rank, world_size=world_size)
+
+
 class LabelledFeatures(NamedTuple):
     """Pooled features of a data set with labels, on the CPU; in the order of sample numbers."""
 
@@ -95,9 +108,29 @@ def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> La
     return found[key]
 
 
-@torch.no_grad()
 def _extract(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
-    weight = next(backbone.parameters())
+    return encode_all(lambda image_BCYX: backbone(image_BCYX).pooled, backbone, loader)
+
+
+@torch.no_grad()
+def encode_all(
+    encode: Callable[[Tensor], Tensor],
+    backbone: Backbone,
+    loader: Iterable[dict[str, Any]],
+    progress: Callable[[int], None] | None = None,
+) -> LabelledFeatures:
+    """What `encode` makes of every image of a loader, gathered from all processes (collective).
+
+    Args:
+        encode: Normalised images -> one vector of the backbone's width each.
+        backbone: Whose device, dtype and statistics the images get.
+        loader: This process's share of the images.
+        progress: Called with the number of images that all processes have done.
+
+    Raises:
+        ValueError: As `extract_features`.
+    """
+    weight, (_, world_size), done = next(backbone.parameters()), _process(), 0
     none = torch.empty(0, dtype=torch.int64)  # there may be no images
     pooled, labels, indices = [torch.empty(0, backbone.width)], [none], [none]
     for batch in loader:
@@ -109,10 +142,13 @@ def _extract(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFe
         image_BCYX = normalise(
             batch["image"].to(weight.device), backbone.normalisation.mean, backbone.normalisation.std, weight.dtype
         )
-        pooled.append(backbone(image_BCYX).pooled.float().cpu())
+        pooled.append(encode(image_BCYX).float().cpu())
+        done += len(image_BCYX) * world_size
+        if progress is not None:
+            progress(done)
     found = (torch.cat(pooled), torch.cat(labels), torch.cat(indices))
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        parts: list[Any] = [None] * dist.get_world_size()
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, found)
         pooled_BD, label_B, index_B = (torch.cat(column) for column in zip(*parts, strict=True))
     else:
@@ -200,7 +236,7 @@ class OwnImages(ComponentConfig):
 
     def loader(self, source: Source, image_size: tuple[int, int], crop: CropConfig) -> EvalLoader:
         """This process's share of a source: over all processes each image comes once."""
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world_size = _process()
         return EvalLoader(
             Mixture([source], [1.0]), ViewSpec(image_size), crop, batch_size=self.batch_size, rank=rank,
             world_size=world_size, num_workers=resolve_workers(self.num_workers), max_broken=self.max_broken,
@@ -243,3 +279,33 @@ class Tally:
         sums_4 = torch.stack([part.cpu() for part in self._sums]).sum(0) if self._sums else torch.zeros(4).double()
         num_images, top1, top5, loss = sum_over_processes(sums_4).tolist()
         return Accuracy(round(num_images), round(top1), round(top5), loss / max(num_images, 1))
+
+
+@torch.no_grad()
+def held_out_accuracy(task: Any, loader: Iterable[dict[str, Any]], num_classes: int) -> dict[str, float]:
+    """Accuracies (shares) and loss of a task that classifies, each image counted once (collective).
+
+    `top1`, `top5` (more than five classes), `mean_class_accuracy`, `held_out_loss`; with two classes, `auc`.
+    """
+    device, tally = next(task.parameters()).device, Tally()
+    right_V, count_V = (torch.zeros(num_classes, device=device) for _ in range(2))
+    scores = [torch.empty(0, 2)]
+    for batch in loader:
+        label_B = batch["label"].to(device)
+        logits_BV = task.logits(batch["image"].to(device))
+        tally.add(logits_BV, label_B[:, None])
+        right_V.index_add_(0, label_B, (logits_BV.argmax(1) == label_B).float())
+        count_V.index_add_(0, label_B, torch.ones_like(label_B, dtype=torch.float32))
+        if num_classes == 2:
+            scores.append(torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1).cpu())
+    found = tally.result()
+    metrics = {"top1": found.top1 / found.num_images, "held_out_loss": found.loss}
+    if num_classes > 5:
+        metrics["top5"] = found.top5 / found.num_images
+    seen_V = sum_over_processes(count_V)
+    metrics["mean_class_accuracy"] = (sum_over_processes(right_V) / seen_V)[seen_V > 0].mean().item()
+    if num_classes == 2:
+        score_B2 = torch.cat(gather_over_processes(torch.cat(scores))).numpy()
+        if len(np.unique(score_B2[:, 1])) == 2:
+            metrics["auc"] = float(roc_auc_score(score_B2[:, 1], score_B2[:, 0]))
+    return metrics

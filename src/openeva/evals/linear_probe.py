@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from openeva.checkpoints.files import write_atomically
 from openeva.config import ComponentConfig
+from openeva.data.mixture import Mixture, Streams, some_of
 from openeva.evals.base import extract_features, once
 
 UNSEEN = -20.0
@@ -129,6 +130,22 @@ def as_linear(model: Pipeline) -> tuple[NDArray[Any], NDArray[Any]]:
     if len(weight_VD) == 1:  # two classes share one row: its half for one, and against the other
         weight_VD, bias_V = np.concatenate([-weight_VD, weight_VD]) / 2, np.concatenate([-bias_V, bias_V]) / 2
     return weight_VD, bias_V - weight_VD @ scaler.mean_
+
+
+def probe_problems(train: Mixture | Streams) -> list[str]:
+    """Why no classifier can start as a probe of these images, in words for the user; nothing where one can."""
+    without = "set task.probe_first=false"
+    if isinstance(train, Streams):
+        return [f"task.probe_first looks at all training images first, which streams do not allow; {without}"]
+    if not all(source.num_classes for source in train.sources):
+        return []  # said by others
+    alone = np.flatnonzero(np.bincount(train.labels()) == 1).tolist()
+    if not alone:
+        return []
+    return [
+        "task.probe_first chooses its penalty by cross-validation, for which a class needs two training images;"
+        f" {some_of([train.class_names[label] for label in alone])}: only one; {without}, or add images"
+    ]
 
 
 class StoredProbe:

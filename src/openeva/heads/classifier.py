@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
+from openeva.engine.distributed import mean_over_processes
 from openeva.layers.norm import LayerNorm
 
 Pooling = Literal["mean", "cls", "attention"]
@@ -102,6 +103,14 @@ class ImageClassifier(nn.Module):
         if features.cls is None:
             raise ValueError(f"{type(self.backbone).__name__} has no cls token; pool by mean")
         return features.cls
+
+    @torch.no_grad()
+    def share_batch_norm_statistics(self) -> None:
+        """Each process trains with the statistics of its own images; what is measured and saved is their mean."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
+                for statistic in (module.running_mean, cast("Tensor", module.running_var)):
+                    statistic.copy_(mean_over_processes(statistic.clone()))
 
     def patches(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """One vector per patch, each normalised as the pooled one is."""

@@ -76,6 +76,13 @@ class Task(nn.Module):
             progress: Called with the number of images done.
         """
 
+    def check_batch(self, size: int) -> None:
+        """Whether it can be trained with micro-batches of that many samples; called before training.
+
+        Raises:
+            ValueError: It cannot.
+        """
+
     def speed_up_frozen(self, *, compile_forward: bool) -> None:
         """Make what is frozen faster; called once, on the device and after `prepare`, before training."""
 

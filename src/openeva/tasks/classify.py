@@ -12,39 +12,32 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, model_validator
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
-from openeva.backbones.vit import architecture_of
+from openeva.backbones.vit import architecture_to_fine_tune
 from openeva.checkpoints.load import LoadReport, load_into, read_weights
 from openeva.checkpoints.native import model_path
-from openeva.checkpoints.pretrained import find_entry
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
 from openeva.data.erasing import ErasingConfig
 from openeva.data.labels import balanced_weights, classes_in_short
+from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture, Streams, label_problems
 from openeva.data.mixup import MixupConfig
 from openeva.data.views import ViewSpec, normalise
-from openeva.engine.distributed import gather_over_processes, mean_over_processes, sum_over_processes, unwrap
-from openeva.evals.base import Tally, once
-from openeva.evals.linear_probe import StoredProbe
+from openeva.engine.distributed import unwrap
+from openeva.evals.base import encode_all, held_out_accuracy, once, own_share
+from openeva.evals.linear_probe import StoredProbe, probe_problems
 from openeva.heads.classifier import ImageClassifier, Pooling
 from openeva.layers.flops import training_passes
 from openeva.tasks.base import Batch, Task, TaskConfig
 
 HEAD = ("backbone.norm", "fc_norm", "attention_pool", "classifier")
 """Parts that start anew where the weights to start from lack them, or have them for other classes."""
-TRAINING_KEYS = (
-    *("weights", "init", "final_norm", "drop_path", "dropout", "attention_dropout", "patch_grad_scale"),
-    "activation_checkpointing",
-)
-"""Keys of a transformer that are not part of its architecture, and so are not taken from a file."""
 
 
 class Config(TaskConfig):
@@ -85,8 +78,7 @@ class Config(TaskConfig):
         if not isinstance(backbone, dict) or backbone.get("name") != "vit":
             return values
         if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
-            found = _architecture(values["init_from"])
-            backbone = {**{key: value for key, value in found.items() if key not in TRAINING_KEYS}, **backbone}
+            backbone = {**architecture_to_fine_tune(values["init_from"]), **backbone}
         norm = values.get("pooling", "mean") != "mean"
         return {**values, "backbone": {"final_norm": norm, "init": "classifier", **backbone}}
 
@@ -107,7 +99,7 @@ class Config(TaskConfig):
         """
         found = train.num_classes
         num_classes = found if self.num_classes == "auto" else self.num_classes
-        problems = label_problems(train, val)
+        problems = label_problems(train, val) + (probe_problems(train) if self.probe_first else [])
         if found > num_classes:
             problems.append(f"data.train has {found} classes, but task.num_classes is {num_classes}; set it to auto")
         for key, given in (("class_names", self.class_names), ("class_weights", self.class_weights)):
@@ -119,11 +111,8 @@ class Config(TaskConfig):
         weights: Any = self.class_weights
         if weights == "balanced":
             if isinstance(train, Streams):
-                raise ConfigError(
-                    ["task.class_weights: the classes of a stream cannot be counted; give a list, or none"]
-                )
-            seen_N = np.repeat(train.weights, train.lengths)
-            weights = balanced_weights(train.labels(), seen_N, num_classes)
+                raise ConfigError(["task.class_weights: classes of a stream cannot be counted; give a list, or none"])
+            weights = balanced_weights(train.labels(), np.repeat(train.weights, train.lengths), num_classes)
         return self.model_copy(update={"num_classes": num_classes, "class_names": names, "class_weights": weights})
 
     def build(self) -> "ClassifyTask":
@@ -133,15 +122,6 @@ class Config(TaskConfig):
             ValueError: The number of classes is not known, or the weights do not fit.
         """
         return ClassifyTask(self)
-
-
-def _architecture(address: str) -> dict[str, Any]:
-    """Dimensions of the transformer of some weights; of released ones without looking at the file."""
-    entry = None if Path(address).expanduser().exists() else find_entry(address)
-    if entry is None:
-        return architecture_of(address)
-    size = {} if entry.image_size is None else {"image_size": entry.image_size}
-    return {"variant": entry.variant, **size, **entry.overrides}
 
 
 class ClassifyTask(Task):
@@ -210,26 +190,15 @@ class ClassifyTask(Task):
             classes=self.class_names, pooling=self.config.pooling,
         )  # fmt: skip
         if not once(start.is_there):
-            pooled_ND, label_N = self._pooled(images, progress)
-            once(lambda: start.fit(pooled_ND, label_N, balanced=self.class_weight_V is not None))
+            self.eval()
+            seen = encode_all(self.classifier.pool, self.backbone, own_share(cast("EvalLoader", images)), progress)
+            self.train()
+            once(lambda: start.fit(*seen, balanced=self.class_weight_V is not None))
         start.copy_into(cast("nn.Linear", self.classifier.classifier))
 
-    @torch.no_grad()
-    def _pooled(self, images: Any, progress: Callable[[int], None] | None) -> tuple[Tensor, Tensor]:
-        """What the classifier sees of each image, and its label; each process looks at its share (collective)."""
-        self.eval()
-        device, found = next(self.parameters()).device, []
-        world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        statistics, done = self.backbone.normalisation, 0
-        for batch in images.part(rank=world[0], world_size=world[1]):
-            image_BCYX = normalise(batch["image"].to(device), statistics.mean, statistics.std)
-            found.append((self.classifier.pool(image_BCYX).float().cpu(), batch["label"]))
-            done += len(batch["label"]) * world[1]
-            if progress is not None:
-                progress(done)
-        self.train()
-        pooled_ND, label_N = (gather_over_processes(torch.cat(parts)) for parts in zip(*found, strict=True))
-        return torch.cat(pooled_ND), torch.cat(label_N)
+    def check_batch(self, size: int) -> None:
+        """Images that are mixed are mixed in pairs."""
+        self.mixup.check(size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of a batch, and the share of right answers where images are not mixed."""
@@ -266,42 +235,10 @@ class ClassifyTask(Task):
         statistics = self.backbone.normalisation
         return self.trainable(normalise(image_BCYX, statistics.mean, statistics.std)).float()
 
-    @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
-        """Accuracies (shares) and loss on held-out images, each counted once (collective).
-
-        `top1`, `top5` (more than five classes), `mean_class_accuracy`, `held_out_loss`; with two classes, `auc`.
-        """
-        device, tally = next(self.parameters()).device, Tally()
-        self._share_batch_norm_statistics()
-        right_V, count_V = (torch.zeros(self.num_classes, device=device) for _ in range(2))
-        scores = [torch.empty(0, 2)]
-        for batch in loader:
-            label_B = batch["label"].to(device)
-            logits_BV = self.logits(batch["image"].to(device))
-            tally.add(logits_BV, label_B[:, None])
-            right_V.index_add_(0, label_B, (logits_BV.argmax(1) == label_B).float())
-            count_V.index_add_(0, label_B, torch.ones_like(label_B, dtype=torch.float32))
-            if self.num_classes == 2:
-                scores.append(torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1).cpu())
-        found = tally.result()
-        metrics = {"top1": found.top1 / found.num_images, "held_out_loss": found.loss}
-        if self.num_classes > 5:
-            metrics["top5"] = found.top5 / found.num_images
-        accuracy_V = sum_over_processes(right_V) / sum_over_processes(count_V)
-        metrics["mean_class_accuracy"] = accuracy_V[count_V > 0].mean().item()
-        if self.num_classes == 2:
-            score_B2 = torch.cat(gather_over_processes(torch.cat(scores))).numpy()
-            if len(np.unique(score_B2[:, 1])) == 2:
-                metrics["auc"] = float(roc_auc_score(score_B2[:, 1], score_B2[:, 0]))
-        return metrics
-
-    def _share_batch_norm_statistics(self) -> None:
-        """Each process trains with the statistics of its own images; what is measured and saved is their mean."""
-        for module in self.classifier.modules():
-            if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
-                for statistic in (module.running_mean, cast("Tensor", module.running_var)):
-                    statistic.copy_(mean_over_processes(statistic.clone()))
+        """As `held_out_accuracy` (collective)."""
+        self.classifier.share_batch_norm_statistics()
+        return held_out_accuracy(self, loader, self.num_classes)
 
     def flops_per_sample(self) -> float:
         """Three forward passes of what learns; one of a frozen backbone."""
