@@ -186,7 +186,7 @@ def test_what_is_missing_is_said_before_anything_runs(root: Path, tmp_path: Path
     with pytest.raises(ConfigError) as error:
         validate(Config, {"roots": root}).build()
     text = str(error.value)
-    for part in ("ImageNet-V2: 7 of 10,000 images", "ImageNet-A: 5 of 200 class folders", "allow_incomplete=true"):
+    for part in ("ImageNet-V2: 7 of 10,000 images", "ImageNet-A: 5 of 200 class folders", "allow_incomplete: true"):
         assert part in text
     with pytest.raises(ConfigError, match=r"7 problems|8 problems"):
         validate(Config, {"roots": tmp_path, "allow_incomplete": True}).build()

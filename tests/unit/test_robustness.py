@@ -45,7 +45,7 @@ def test_the_official_counts_repeat_the_published_numbers_and_padding_is_said() 
     rows = {row.title: row for row in compare(measured(), published_row(G_336))}
     assert len(rows) == 9
     for row in rows.values():
-        if row.images is not None:
+        if row.published is not None:
             assert "repeats it" in row.verdict, row
     assert rows["ImageNet-A"].top1 == pytest.approx(100 * 6465 / 7500)
     assert rows["ImageNet-A"].published == 86.154
@@ -62,6 +62,10 @@ def test_more_than_the_tolerance_is_a_difference() -> None:
     assert "DIFFERS" in rows["ImageNet-1K"].verdict
     assert rows["ImageNet-1K"].verdict.startswith("+0.10")
     assert "repeats it" in rows["ImageNet-V2"].verdict
+    for name, changes in {"v2": {"v2": -100}, "1k": {"1k": -500}}.items():  # a sixth of a point each in mean and gap
+        rows = {row.title: row for row in compare(measured(**changes), published_row(G_336))}
+        assert "DIFFERS" in rows["mean of six"].verdict, name
+    assert "DIFFERS" in rows["gap: ImageNet-1K - mean"].verdict  # five sixths of a point
     assert "repeats it" in judge(88.1, 88.0, 50_000)
     assert "DIFFERS" in judge(87.89, 88.0, 50_000)
 
@@ -70,6 +74,8 @@ def test_an_incomplete_set_is_not_compared() -> None:
     metrics = {**measured(), "imagenet_v2_images": 9_999.0}
     rows = {row.title: row for row in compare(metrics, published_row(G_336))}
     assert rows["ImageNet-V2"].verdict == "9,999 of 10,000 images: not to be compared"
+    for title in ("mean of six", "gap: ImageNet-1K - mean"):
+        assert rows[title].verdict == "not all sets are complete: not to be compared"
 
 
 def test_published_rows_are_found_by_any_name() -> None:

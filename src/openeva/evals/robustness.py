@@ -101,8 +101,11 @@ def _open_sets(config: Config) -> dict[SetName, Path]:
             problems += [problem for problem in missing.problems if problem not in problems]
         found[name] = missing.root
     if problems:
-        hint = "" if config.allow_incomplete else "; allow_incomplete=true measures on what is there"
-        raise ConfigError(problems, f"evaluation robustness (`openeva data check imagenet PATH` shows all{hint})")
+        hint = "" if config.allow_incomplete else ", and `allow_incomplete: true` measures on what is there"
+        where = "key `roots`, or `openeva evaluate --imagenet FOLDER`, says where they are"
+        raise ConfigError(
+            problems, f"evaluation robustness (`openeva data check imagenet PATH` shows all; {where}{hint})"
+        )
     return found
 
 
@@ -316,13 +319,31 @@ def compare(metrics: Mapping[str, float], published: Mapping[str, float]) -> lis
                 number = None if suffix or prefix else published.get(METRIC[name])
                 rows.append(_row(metrics, key, title, name, number))
         if f"{prefix}mean" in metrics:
-            known = [published[METRIC[name]] for name in AVERAGED if METRIC[name] in published]
-            mean = sum(known) / len(known) if len(known) == len(AVERAGED) and not prefix else None
-            gap = None if mean is None else known[0] - mean
-            for key, title, number in (("mean", "mean of six", mean), ("gap", "gap: ImageNet-1K - mean", gap)):
-                value, extra = 100 * metrics[f"{prefix}{key}"], " (standard)" if prefix else ""
-                verdict = "" if number is None else _signed(value - number)
-                rows.append(Comparison(title + extra, value, None, None, None, number, verdict))
+            rows += _summary_rows(metrics, {} if prefix else published, prefix)
+    return rows
+
+
+def _summary_rows(metrics: Mapping[str, float], published: Mapping[str, float], prefix: str) -> list[Comparison]:
+    """Mean and gap; compared where all six sets are complete and published, within what their tolerances add up to."""
+    keys = {name: METRIC[name] for name in AVERAGED}
+    known = [published[key] for key in keys.values() if key in published]
+    mean = sum(known) / len(known) if len(known) == len(AVERAGED) else None
+    gap = None if mean is None else known[0] - mean
+    images = {name: round(metrics.get(f"{prefix}{key}_images", 0)) for name, key in keys.items()}
+    complete = all(images[name] == FACTS[name].num_images for name in AVERAGED)
+    tolerances = [tolerance(images[name]) if complete else 0.0 for name in AVERAGED]
+    of_mean = sum(tolerances) / len(AVERAGED)
+    of_gap = of_mean + (1 - 2 / len(AVERAGED)) * tolerances[0]  # 1K counts 5/6 there, 1/6 in the mean
+    rows = []
+    for key, title, number, allowed in (
+        ("mean", "mean of six", mean, of_mean), ("gap", "gap: ImageNet-1K - mean", gap, of_gap),
+    ):  # fmt: skip
+        value, verdict = 100 * metrics[f"{prefix}{key}"], ""
+        if not complete:
+            verdict = "not all sets are complete: not to be compared"
+        elif number is not None:
+            verdict = _verdict(value - number, allowed)
+        rows.append(Comparison(f"{title}{' (standard)' if prefix else ''}", value, None, None, None, number, verdict))
     return rows
 
 
@@ -341,13 +362,25 @@ def _row(metrics: Mapping[str, float], key: str, title: str, name: SetName, publ
 def judge(top1: float, published: float, images: int, *, padded: bool = True) -> str:
     """Whether an accuracy repeats the published one, both in percent, over so many images.
 
-    The padded images may all have been right or all wrong, so that much is added to `TOLERANCE`.
+    See `tolerance`; `padded` is False for the set that was measured in one process.
     """
-    more = -images % PROCESSES if padded else 0
-    tolerance = TOLERANCE + 100 * more / images
-    word = "repeats it" if abs(top1 - published) <= tolerance + 1e-9 else "DIFFERS"
+    more = _padding(images) if padded else 0
     note = f"; officially of {images + more:,} with padding" if more else ""
-    return f"{_signed(top1 - published)}: {word} (within {tolerance:.2f}{note})"
+    return _verdict(top1 - published, tolerance(images, padded=padded), note)
+
+
+def tolerance(images: int, *, padded: bool = True) -> float:
+    """Points that may differ: `TOLERANCE`, and as much as if the padded images had all been right, or all wrong."""
+    return TOLERANCE + (100 * _padding(images) / images if padded else 0.0)
+
+
+def _padding(images: int) -> int:
+    return -images % PROCESSES
+
+
+def _verdict(difference: float, allowed: float, note: str = "") -> str:
+    word = "repeats it" if abs(difference) <= allowed + 1e-9 else "DIFFERS"
+    return f"{_signed(difference)}: {word} (within {allowed:.2f}{note})"
 
 
 def _signed(difference: float) -> str:
