@@ -426,11 +426,11 @@ def _message(item: Any, loc: list[str], config_class: type[BaseModel]) -> str:
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
-        known = _keys_at(config_class, loc[:-1])
+        known = _keys_at(config_class, loc[:-1], item["loc"])
         close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
         return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(known)}")
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
-        known = _keys_at(config_class, loc)
+        known = _keys_at(config_class, loc, item["loc"])
         return "must be a mapping" + (f" with keys of {', '.join(known)}" if known else "")
     if kind == "path_type":
         return "input should be a path"
@@ -456,15 +456,22 @@ def _written_path(loc: tuple[Any, ...], content: Any, *, keep_last: bool) -> lis
     return path
 
 
-def _keys_at(config_class: type[BaseModel], loc: list[str]) -> list[str]:
+def _keys_at(config_class: type[BaseModel], loc: list[str], tags: tuple[Any, ...]) -> list[str]:
+    """Keys of the config at a path; of a union, those of the member that pydantic's path names by its tag."""
     current: Any = config_class
     for key in loc:
         field = getattr(current, "model_fields", {}).get(key)
         if field is None:
             continue
         options = [a for a in _flatten(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = options[0] if options else current
+        tagged = [option for option in options if _tag_values(option) & set(tags)]
+        current = (tagged or options or [current])[0]
     return sorted(getattr(current, "model_fields", {}))
+
+
+def _tag_values(config_class: type[BaseModel]) -> set[Any]:
+    literals = [f.annotation for f in config_class.model_fields.values() if typing.get_origin(f.annotation) is Literal]
+    return {value for literal in literals for value in typing.get_args(literal)}
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Recipes: every mistake at once in words, exact round trips, overrides, inheritance."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -82,6 +82,26 @@ def test_all_mistakes_of_a_recipe_come_in_one_message() -> None:
 
 def test_a_wrong_key_without_a_near_one_lists_the_valid_ones() -> None:
     assert only_problem_of(inner={"qqq": 1}) == "inner.qqq: unknown key; valid keys: mode, note, rate, size, workers"
+
+
+class Off(Config):
+    mode: Literal["off"] = "off"
+
+
+class On(Config):
+    mode: Literal["on"]
+    strength: float = 1.0
+
+
+class Switched(Config):
+    switch: Annotated[Off | On, Field(discriminator="mode")] = Off()
+
+
+def test_of_several_kinds_the_keys_of_the_chosen_one_are_listed() -> None:
+    with pytest.raises(ConfigError, match=r"switch\.qqq: unknown key; valid keys: mode, strength"):
+        validate(Switched, {"switch": {"mode": "on", "qqq": 1}})
+    with pytest.raises(ConfigError, match=r"switch\.strength: unknown key; valid keys: mode$"):
+        validate(Switched, {"switch": {"mode": "off", "strength": 1}})
 
 
 def test_a_missing_key_is_named_with_its_path() -> None:
