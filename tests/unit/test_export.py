@@ -131,6 +131,17 @@ def test_a_program_that_computes_something_else_is_an_error_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_small_outputs_are_compared_by_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier()
+    with torch.no_grad():  # as fresh heads are
+        model.classifier.weight.mul_(1e-4)
+        model.classifier.bias.zero_()
+    assert model(torch.randn(1, 3, SIZE, SIZE)).abs().max() < 1e-2
+    monkeypatch.setattr(export, "_to_onnx", lambda one, _: lambda image: [1.01 * one(image)[0].detach().numpy()])
+    with pytest.raises(ExportError, match="differs from the model's"):
+        export_model(model, tmp_path / "m.onnx")
+
+
 def test_weights_come_back_as_the_same_model(tmp_path: Path) -> None:
     model = classifier(**EVA_02)
     export_model(model, tmp_path / "folder", "safetensors")

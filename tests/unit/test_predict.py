@@ -118,7 +118,7 @@ def test_all_addresses_that_lead_nowhere_are_named_at_once(tmp_path: Path, photo
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float", "grey", "rgba", "tensor", "pillow"])
+@pytest.mark.parametrize("kind", ["uint8", "float", "grey", "rgba", "tensor", "pillow", "bytes"])
 def test_arrays_and_images_in_memory_are_the_same_as_the_file(photos: Path, kind: str) -> None:
     image = Image.open(photos / "a.png")
     pixels = np.array(image)
@@ -129,6 +129,7 @@ def test_arrays_and_images_in_memory_are_the_same_as_the_file(photos: Path, kind
         "rgba": np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)]),
         "tensor": torch.from_numpy(pixels).permute(2, 0, 1),
         "pillow": image,
+        "bytes": (photos / "a.png").read_bytes(),
     }[kind]
     expected = np.repeat(pixels[:, :, :1], 3, axis=2) if kind == "grey" else pixels
     (found,) = find_images(given)
@@ -382,6 +383,20 @@ def test_broken_images_are_named_and_skipped_with_exit_status_1(run: Path, photo
     records = json.loads(result.stdout)
     assert ["error" in record for record in records] == [False, True, False]
     assert [Path(name).name for name in np.load(tmp_path / "f.npz")["source"]] == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_where_all_images_are_broken_the_json_is_whole_and_there_are_no_features(
+    run: Path, photos: Path, tmp_path: Path, suffix: str
+) -> None:
+    found = tmp_path / f"f.{suffix}"
+    result = cli(photos / "notes.txt", "--weights", run, "--json", "--features", found)
+    assert result.exit_code == 1
+    (record,) = json.loads(result.stdout)
+    assert record["error"] == "not an image, or of an unknown format"
+    assert not found.exists()
+    with pytest.raises(ValueError, match="no features"):
+        features(photos / "notes.txt", weights=str(run), on_error="skip")
 
 
 def test_wrong_input_is_told_before_the_model_is_loaded(run: Path, photos: Path, tmp_path: Path) -> None:

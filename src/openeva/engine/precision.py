@@ -24,8 +24,14 @@ HYSTERESIS = 2
 
 
 def resolve_precision(name: PrecisionName, device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
-    """`auto` is bf16 where the hardware multiplies it natively (CPUs with AMX or AVX512-bf16 too), else fp32."""
+    """`auto` is bf16 where the hardware multiplies it natively (CPUs with AMX or AVX512-bf16 too), else fp32.
+
+    Raises:
+        ValueError: An unknown name.
+    """
     if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"unknown precision {name!r}; give auto, {', '.join(DTYPES)}")
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -90,6 +90,10 @@ def features(
     )
 
 
+class NoFeaturesError(ValueError):
+    """There is nothing to write: every image was broken."""
+
+
 class EmbeddingWriter(Protocol):
     """Takes embeddings one by one."""
 
@@ -105,7 +109,7 @@ def writing(path: Path) -> Iterator[EmbeddingWriter]:
     columns of lists, patch vectors one after the other; their shapes are in the file's metadata.
 
     Raises:
-        ValueError: Another ending, or no image came.
+        ValueError: Another ending, or (`NoFeaturesError`) no image came.
         ImportError: pyarrow is missing.
     """
     check_suffix(path)
@@ -160,7 +164,7 @@ class _Rows:
     @property
     def first(self) -> Embedding:
         if not self.embeddings:
-            raise ValueError("none of the images could be read, so there are no features")
+            raise NoFeaturesError("none of the images could be read, so there are no features")
         return self.embeddings[0]
 
     def columns(self) -> dict[str, NDArray[np.float32]]:

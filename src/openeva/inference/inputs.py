@@ -63,10 +63,10 @@ class FoundImage:
             raise ImageError(self.source, _reason(error)) from error
 
 
-ImageInput = str | Path | Image.Image | NDArray[Any] | Tensor | FoundImage
+ImageInput = str | Path | bytes | Image.Image | NDArray[Any] | Tensor | FoundImage
 """One image, or an address that stands for one or many (folder, pattern)."""
 
-_ONE = (str, Path, Image.Image, np.ndarray, Tensor, FoundImage)
+_ONE = (str, Path, bytes, Image.Image, np.ndarray, Tensor, FoundImage)
 
 
 def find_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[FoundImage]:
@@ -76,9 +76,9 @@ def find_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[FoundImag
     may be endless.
 
     Args:
-        images: A path, a folder (searched at any depth), a pattern (`photos/**/*.jpg`), an http(s) URL, a Pillow image,
-            an array `[Y, X]`, `[Y, X, 1 | 3 | 4]` or a tensor `[3, Y, X]` (bytes, or floats in 0..1), a batch of such,
-            or an iterable of all these.
+        images: A path, a folder (searched at any depth), a pattern (`photos/**/*.jpg`), an http(s) URL, an encoded
+            image (bytes), a Pillow image, an array `[Y, X]`, `[Y, X, 1 | 3 | 4]` or a tensor `[3, Y, X]` (of bytes, or
+            floats in 0..1), a batch of such, or an iterable of all these.
 
     Raises:
         ValueError: An address leads to no image; the message names all such addresses of a list.

@@ -7,13 +7,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from openeva.checkpoints.files import write_atomically
 from openeva.heads.classifier import ImageClassifier
-from openeva.inference.embeddings import check_suffix, writing
+from openeva.inference.embeddings import NoFeaturesError, check_suffix, writing
 from openeva.inference.inputs import FoundImage
 from openeva.inference.maps import MapKind, natural_map
 from openeva.inference.picture import draw, free_name, is_picture_file
@@ -71,6 +71,10 @@ class Job:
         Raises:
             ValueError: The model cannot give what is wanted.
         """
+        with suppress(NoFeaturesError):  # each image was named as broken
+            yield from self._answers(predictor, finished)
+
+    def _answers(self, predictor: Predictor, finished: Finished) -> Iterator[Prediction]:
         taken: set[str] = set()
         with nullcontext() if self.features is None else writing(self.features) as writer:
             for done, prediction in enumerate(predictor(self.images, self._wanted(predictor)), start=1):
