@@ -1,7 +1,7 @@
 """Assembles ONE run: recipe -> task -> data -> optimiser -> loop. Start reading here.
 
 An image's way: recipe -> this file -> data/sources -> data/views + data/masking -> engine/loop.py ->
-tasks/pretrain.py -> backbones/vit.py -> targets/features.py -> loss.
+tasks/pretrain.py or classify.py -> backbones/vit.py -> targets/features.py or labels -> loss.
 """
 
 import json

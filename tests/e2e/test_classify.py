@@ -62,6 +62,17 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert two == pytest.approx(one, abs=2e-5, rel=1e-4)
 
 
+def test_two_processes_start_from_the_same_regression(tmp_path: Path) -> None:
+    """The folds of its cross-validation go by the order of the images, which must not depend on who looked at them."""
+    changes = ("run.length=2 steps", "run.evaluate_every=0 steps")
+    train(classify(tmp_path / "one", *changes, probe_first=True))
+    train_in_processes(classify(tmp_path / "two", *changes, probe_first=True), 2)
+    one, two = (load_file(tmp_path / name / "target/probe.safetensors") for name in ("one", "two"))
+    assert one["weight"].abs().max() > 0
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+
+
 def test_two_processes_probe_with_lars_and_measure_the_same_batch_norm(tmp_path: Path) -> None:
     """Each trains with the statistics of its own images; the run ends with their mean, in both."""
     changes = ("tune={mode: head, export: merged}", "optim.name=lars", "optim.clip_grad=null", "optim.ema=null")
