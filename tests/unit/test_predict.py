@@ -403,6 +403,8 @@ def test_wrong_input_is_told_before_the_model_is_loaded(run: Path, photos: Path,
     for arguments, message in (
         ([tmp_path / "gone.png"], "no such file"),
         ([photos, "--picture", "x.png"], "one file, but there are 3 images"),
+        ([photos, "--picture", "x.gif"], "a new folder has no ending"),
+        ([photos, "--out", "x.json", "--csv"], "--csv does not fit --out x.json"),
         ([photos, "--features", "x.txt"], "npz or .parquet"),
         ([photos, "--patches"], "--features"),
         ([photos, "--map", "attention"], "--picture"),

@@ -100,12 +100,17 @@ def format_of(out: Path | None, *, json: bool, csv: bool) -> Format | None:
     """JSON or CSV by what was asked for, or by the ending of the file; None = neither.
 
     Raises:
-        ValueError: Both, or a file whose kind cannot be told.
+        ValueError: Both, a file whose kind cannot be told, or one whose ending says otherwise.
     """
     if json and csv:
         raise ValueError("--json and --csv exclude each other")
     if json or csv:
-        return "json" if json else "csv"
+        asked: Format = "json" if json else "csv"
+        if out is not None and out.suffix.lstrip(".") in set(FORMATS) - {asked}:
+            raise ValueError(
+                f"--{asked} does not fit --out {out}; leave one of them out, or give a file ending in .{asked}"
+            )
+        return asked
     if out is None:
         return None
     if (ending := out.suffix.lstrip(".")) not in FORMATS:

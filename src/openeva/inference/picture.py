@@ -65,7 +65,15 @@ def overlay(view_YXC: NDArray[np.uint8], heat_yx: NDArray[np.floating[Any]]) -> 
 
 
 def is_picture_file(path: Path) -> bool:
-    """Whether a path names a picture and not a folder for pictures."""
+    """Whether a path names a picture and not a folder for pictures.
+
+    Raises:
+        ValueError: Its ending is that of a file of another kind.
+    """
+    if path.suffix[1:].isalpha() and path.suffix.lower() not in PICTURE_SUFFIXES and not path.is_dir():
+        raise ValueError(
+            f"pictures are written as {', '.join(PICTURE_SUFFIXES)}, not {path}; a new folder has no ending"
+        )
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir()
 
 
