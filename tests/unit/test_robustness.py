@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from e2e.imagenet_sets import SIZE, Colours, expected, write_sets
@@ -108,6 +109,20 @@ def test_topk_on_a_source_of_its_own(name: str, folder: str, tmp_path: Path) -> 
     metrics = validate(topk.Config, content).build().run(Colours(), {})
     wanted = dict(zip(("mine_top1", "mine_top5", "mine_images"), expected()[f"imagenet_{name}"], strict=True))
     assert {key: metrics[key] for key in wanted} == pytest.approx(wanted)
+
+
+def test_topk_refuses_the_models_classes_in_another_order(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / name / "a.png")
+    source = {"name": "image_folder", "roots": [str(tmp_path)], "labels": True}
+    evaluation = validate(topk.Config, {"source": source, "num_workers": 0, "prefix": "mine_"}).build()
+    task = Colours()
+    task.class_names = ("dog", "cat")
+    with pytest.raises(ValueError, match=r"in another order \(cat, dog, ... instead of dog, cat"):
+        evaluation.check(task)
+    task.class_names = ("cat", "dog")
+    evaluation.check(task)
 
 
 def test_topk_without_images_or_labels_says_so() -> None:

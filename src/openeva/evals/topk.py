@@ -57,6 +57,12 @@ class TopK:
                 )
             rows = getattr(self._source, "rows", None)
             check_classes(task, 1000 if rows else self._source.num_classes, self.config.name)
+            theirs, ours = list(getattr(self._source, "class_names", ())), list(task.class_names)
+            if rows is None and theirs != ours and set(theirs) == set(ours):
+                raise ValueError(
+                    f"evaluation {self.config.name}: the images' classes are the model's in another order"
+                    f" ({', '.join(theirs[:3])}, ... instead of {', '.join(ours[:3])}, ...); number them alike"
+                )
 
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
