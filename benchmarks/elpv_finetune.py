@@ -70,11 +70,11 @@ def measure_seed(seed: int, folder: Path, start: str, console: Console) -> dict[
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation of the AUC by row and share; of the averaged weights where there are some."""
+    """Mean and deviation of the AUC of the last weights (not the averaged ones) by row and share."""
     summary: dict[str, Any] = {}
     for row in runs[0]:
         for share in SHARES:
-            values = [one[row][share].get("ema_auc", one[row][share]["auc"]) for one in runs]
+            values = [one[row][share]["auc"] for one in runs]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             summary[f"{row} / {share:.0%}"] = {"mean": statistics.mean(values), "std": deviation, "values": values}
             print(f"{row:14s} {share:4.0%} of the labels: AUC {statistics.mean(values):.3f} ± {deviation:.3f}")
@@ -95,7 +95,7 @@ def main() -> None:
             for name, overrides in ABLATIONS.items()
         }
     for name, metrics in ablations.items():
-        print(f"all labels, seed 0, {name}: AUC {metrics['ema_auc']:.3f}")
+        print(f"all labels, seed 0, {name}: AUC {metrics['auc']:.3f}")
     record = {"what": "elpv_finetune", "environment": environment(torch.device("cpu")), "seeds": args.seeds,
               "summary_auc": summarise(runs), "ablations_all_labels_seed_0": ablations, "runs": runs}  # fmt: skip
     if args.out:
