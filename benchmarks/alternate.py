@@ -6,12 +6,35 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from openeva.engine.precision import Precision
 
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def our_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loss: Callable[[], Tensor],
+    clip_grad: float | None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """An optimizer step as our loop does it; `loss` is called under autocast."""
+
+    def step() -> Tensor:
+        with precision.autocast():
+            value = loss()
+            precision.backward(value)
+        precision.finish(module, value.detach(), clip_grad)
+        optimizer.found_inf = precision.found_inf
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        precision.update()
+        return value.detach()
+
+    return step
 
 
 def alternate(

@@ -17,7 +17,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from alternate import alternate, summary
+from alternate import alternate, our_step, summary
 from classifiers import MODELS, NUM_CLASSES, ours, random_images, same_size, timms
 from openeva.engine.hardware import environment
 from openeva.engine.optim import OptimConfig, adamw
@@ -46,25 +46,19 @@ def timm_step(model: nn.Module, image_BCYX: Tensor, label_B: Tensor, dtype: torc
     return step
 
 
-def our_step(model: nn.Module, image_BCYX: Tensor, label_B: Tensor, precision: Precision) -> Callable[[], Tensor]:
+def our_classifier_step(
+    model: nn.Module, image_BCYX: Tensor, label_B: Tensor, precision: Precision
+) -> Callable[[], Tensor]:
     """A step as our loop does it."""
     model.train()
     backbone: Any = model.backbone
     config = OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, layer_decay=LAYER_DECAY)
     optimizer = adamw(model, config, no_decay=backbone.no_weight_decay(), num_layers=backbone.num_layers)
 
-    def step() -> Tensor:
-        with precision.autocast():
-            loss = nn.functional.cross_entropy(model(image_BCYX).float(), label_B, label_smoothing=SMOOTHING)
-            precision.backward(loss)
-        precision.finish(model, loss.detach(), None)
-        optimizer.found_inf = precision.found_inf
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        precision.update()
-        return loss.detach()
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(image_BCYX).float(), label_B, label_smoothing=SMOOTHING)
 
-    return step
+    return our_step(model, optimizer, precision, loss, clip_grad=None)
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -77,7 +71,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         own, peer = (build(name, args.image_size, DROP_PATH).to(device) for build in (ours, timms))
         same_size(own, peer)
         steps[f"timm {precision.name}"] = timm_step(peer, image_BCYX, label_B, precision.dtype)
-        steps[f"openeva {precision.name}"] = our_step(own, image_BCYX, label_B, precision)
+        steps[f"openeva {precision.name}"] = our_classifier_step(own, image_BCYX, label_B, precision)
     print(f"{name}, batch {args.batch} at {args.image_size} px")
     seconds = alternate(steps, device, rounds=args.rounds)
     peers = {"timm fp32": "over_timm_fp32", f"timm {reduced.name}": f"over_timm_{reduced.name}"}

@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from alternate import alternate, summary
+from alternate import alternate, our_step, summary
 from openeva.backbones.vit import Config
 from openeva.data.masking import BlockMasking
 from openeva.engine.hardware import environment, measured_matmul_flops
@@ -74,7 +74,7 @@ def timm_step(name: str, batch: dict[str, Tensor], device: torch.device, dtype: 
     return step
 
 
-def our_step(
+def our_student_step(
     variant: str, batch: dict[str, Tensor], device: torch.device, precision_name: str, compile_mode: str
 ) -> Callable[[], Tensor]:
     student = MimStudent(Config(variant=variant).build(), TARGET_WIDTH).to(device)
@@ -87,21 +87,12 @@ def our_step(
             block.compile()
     target_MV = batch["target"].flatten(0, 1)
 
-    def step() -> Tensor:
-        with precision.autocast():
-            predicted_MV = student(batch["image"], batch["mask"], batch["masked_index"])
-            loss = negative_cosine(
-                predicted_MV, target_MV.index_select(0, batch["masked_index"]), batch["masked_weight"]
-            )
-            precision.backward(loss)
-        precision.finish(student, loss.detach(), 3.0)
-        optimizer.found_inf = precision.found_inf
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        precision.update()
-        return loss.detach()
+    def loss() -> Tensor:
+        predicted_MV = student(batch["image"], batch["mask"], batch["masked_index"])
+        wanted_MV = target_MV.index_select(0, batch["masked_index"])
+        return negative_cosine(predicted_MV, wanted_MV, batch["masked_weight"])
 
-    return step
+    return our_step(student, optimizer, precision, loss, clip_grad=3.0)
 
 
 def make_batch(size: int, device: torch.device) -> dict[str, Tensor]:
@@ -141,10 +132,12 @@ def main() -> None:
         "timm fp32": timm_step(name, batch, device, torch.float32),
         f"timm {precision.name}": timm_step(name, batch, device, precision.dtype),
         **{
-            f"openeva {precision.name}, compile {c}": our_step(args.variant, batch, device, precision.name, c)
+            f"openeva {precision.name}, compile {c}": our_student_step(args.variant, batch, device, precision.name, c)
             for c in args.compile
         },
-        **{f"openeva fp32, compile {c}": our_step(args.variant, batch, device, "fp32", c) for c in args.compile},
+        **{
+            f"openeva fp32, compile {c}": our_student_step(args.variant, batch, device, "fp32", c) for c in args.compile
+        },
     }
     seconds = alternate(steps, device, rounds=args.rounds)
     student = MimStudent(Config(variant=args.variant).build(), TARGET_WIDTH)

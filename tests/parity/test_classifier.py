@@ -12,27 +12,13 @@ from openeva.checkpoints.load import load_into
 from openeva.checkpoints.official import from_official, to_official
 from openeva.heads.classifier import ImageClassifier
 from parity.golden import Case, cases
-
-RELATIVE = {
-    "use_shared_rel_pos_bias": "shared",
-    "use_rel_pos_bias": "per_block",
-    "use_decoupled_rel_pos_bias": "per_block_decoupled",
-}
+from parity.official_config import vit_config
 
 
 def config_of(official: dict[str, Any]) -> Config:
-    return Config(
-        image_size=official["img_size"],
-        patch_size=official["patch_size"],
-        width=official["embed_dim"],
-        depth=official["depth"],
-        num_heads=official["num_heads"],
-        mlp_hidden=official["mlp_hidden"],
+    return vit_config(
+        official,
         qkv_bias="qv" if official["qkv_bias"] == "q_and_v_only" else "full",
-        norm_eps=official["ln_eps"],
-        positions="learned" if official.get("use_abs_pos_emb", True) else "none",
-        relative_position=next((ours for flag, ours in RELATIVE.items() if official.get(flag)), "none"),
-        layer_scale=official.get("init_values") or None,
         final_norm=not official["use_mean_pooling"],
         patch_grad_scale=0.0,
     )

@@ -10,27 +10,13 @@ from openeva.layers.attention import Attention
 from openeva.layers.relative_position import axis_indices, joint_index
 from openeva.losses.cosine import negative_cosine
 from parity.golden import Case, cases
-
-RELATIVE = {
-    "use_shared_rel_pos_bias": "shared",
-    "use_rel_pos_bias": "per_block",
-    "use_shared_decoupled_rel_pos_bias": "shared_decoupled",
-}
+from parity.official_config import vit_config
 
 
 def config_of(official: dict) -> Config:
-    return Config(
-        image_size=official["img_size"],
-        patch_size=official["patch_size"],
-        width=official["embed_dim"],
-        depth=official["depth"],
-        num_heads=official["num_heads"],
-        mlp_hidden=official["mlp_hidden"],
-        norm_eps=official["ln_eps"],
+    return vit_config(
+        official,
         norm_order="post" if official.get("postnorm") or official.get("use_postnorm") else "pre",
-        positions="learned" if official.get("use_abs_pos_emb", True) else "none",
-        relative_position=next((ours for flag, ours in RELATIVE.items() if official.get(flag)), "none"),
-        layer_scale=official.get("init_values") or None,
         patch_grad_scale=0.1 if official.get("stop_grad_conv1") else 1.0,
     )
 

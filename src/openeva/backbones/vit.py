@@ -68,7 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key."""
 
-
 CLASSIFIER_STD = 0.02
 TOKEN_STD = 0.02
 """Of cls, mask and positions under init: xavier and mae."""
@@ -487,10 +486,9 @@ def _block(config: Config, number: int) -> Block:
         position_bias=_position_bias(config, "per_block"),
         norm_eps=config.norm_eps if config.sub_norm == "mlp_attention" else None,
     )
-    norm_eps = config.norm_eps if config.sub_norm != "none" else None
-    mlp = (SwiGlu if config.mlp == "swiglu" else Mlp)(
-        config.width, config.mlp_hidden, config.dropout, norm_eps=norm_eps
-    )
+    sub_norm_eps = None if config.sub_norm == "none" else config.norm_eps
+    mlp_class = SwiGlu if config.mlp == "swiglu" else Mlp
+    mlp = mlp_class(config.width, config.mlp_hidden, config.dropout, norm_eps=sub_norm_eps)
     return Block(
         attention,
         mlp,
