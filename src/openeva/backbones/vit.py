@@ -36,6 +36,7 @@ from openeva.layers.block import Block, NormOrder
 from openeva.layers.init import truncated_normal_, xavier_normal_, xavier_uniform_
 from openeva.layers.mlp import Mlp, SwiGlu
 from openeva.layers.norm import LayerNorm
+from openeva.layers.patch_embed import PatchEmbed
 from openeva.layers.per_grid import PerGrid
 from openeva.layers.relative_position import (
     DecoupledRelativePositionBias,
@@ -65,10 +66,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva02_s_14": {**EVA02, "width": 384, "depth": 12, "num_heads": 6, "mlp_hidden": 1024},
     "eva02_b_14": {**EVA02, "width": 768, "depth": 12, "num_heads": 12, "mlp_hidden": 2048, "sub_norm": "mlp"},
     "eva02_l_14": {**EVA02, "width": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 2730, "sub_norm": "mlp"},
+    "eva02_e_14": {
+        "patch_size": 14, "width": 1792, "depth": 64, "num_heads": 16, "mlp_hidden": 15360, "norm_order": "post",
+    },
+    "eva_8b_14": {"patch_size": 14, "width": 4096, "depth": 32, "num_heads": 32, "mlp_hidden": 20480},
+    "eva_18b_14": {"patch_size": 14, "width": 5120, "depth": 48, "num_heads": 40, "mlp_hidden": 25600},
 }  # fmt: skip
 """Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key."""
 
 CLASSIFIER_STD = 0.02
+PROJECTION_SCALE = 0.001
+"""A fresh projection starts close to zero: normal with `CLASSIFIER_STD`, times this."""
 TOKEN_STD = 0.02
 """Of cls, mask and positions under init: xavier and mae."""
 
@@ -115,6 +123,12 @@ class Config(ComponentConfig):
     )
     init_std: float = Field(0.02, gt=0, description="of the normal distribution that mim draws from; cut at one of it")
     activation_checkpointing: bool = False
+    projection: int | None = Field(
+        None, gt=0, description="E: cls and patches go through a linear layer to the joint space of images and texts"
+    )
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the patches that training leaves out, others for each image (FLIP)"
+    )
     statistics: Literal["clip", "imagenet", "half"] = Field(
         "clip", description="mean and deviation its input is normalised with"
     )
@@ -187,7 +201,7 @@ def architecture_of(weights: str) -> dict[str, Any]:
 
 TRAINING_KEYS = (
     *("weights", "init", "final_norm", "drop_path", "dropout", "attention_dropout", "patch_grad_scale"),
-    "activation_checkpointing",
+    *("activation_checkpointing", "patch_dropout", "projection"),
 )
 """Keys that are not part of the architecture, and so are not taken from weights."""
 
@@ -208,32 +222,6 @@ def architecture_to_fine_tune(weights: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in TRAINING_KEYS}
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to D channels, in raster order."""
-
-    def __init__(self, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(
-        self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"] | None = None
-    ) -> Float[Tensor, "B N D"]:
-        """Embed all patches, or those of the index `visible_BM` in its order.
-
-        The convolution is written as one matrix product: faster in reduced precision, and easy for compilers. In fp32 a
-        CPU takes half its time for the convolution itself.
-        """
-        on_cpu = image_BCYX.device.type == "cpu" and image_BCYX.dtype == torch.float32
-        if on_cpu and visible_BM is None and not torch.is_autocast_enabled("cpu"):
-            return self.proj(image_BCYX).flatten(2).transpose(1, 2)
-        patch = self.proj.kernel_size[0]
-        rows = image_BCYX.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C y p x q
-        flat_BNF = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        if visible_BM is not None:
-            flat_BNF = flat_BNF.take_along_dim(visible_BM[:, :, None], dim=1)
-        return nn.functional.linear(flat_BNF, self.proj.weight.flatten(1), self.proj.bias)
-
-
 class VisionTransformer(Backbone):
     """The transformer. `mask_token` and all options of spec section 1 are switches of `Config`."""
 
@@ -244,7 +232,7 @@ class VisionTransformer(Backbone):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.width, self.stride, self.num_layers = config.width, config.patch_size, config.depth
+        self.width, self.stride, self.num_layers = config.projection or config.width, config.patch_size, config.depth
         self.image_size, self.grid = config.image_shape, config.grid
         self.normalisation = STATISTICS[config.statistics]
         self.identity = f"vit:{config.variant or 'custom'}"
@@ -265,6 +253,7 @@ class VisionTransformer(Backbone):
         self.relative_position = _position_bias(config, "shared")
         self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
         self.norm = LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.projection = nn.Linear(config.width, config.projection) if config.projection else None
         self.init_weights()
 
     @torch.no_grad()
@@ -297,11 +286,20 @@ class VisionTransformer(Backbone):
             for number, block in enumerate(self._blocks(), start=1):
                 for layer in (block.attn.proj, block.mlp.last):
                     layer.weight.div_((2 * number) ** 0.5)
+        self.init_projection()
         if self.config.norm_order == "post":
             for block in self._blocks():
                 for norm in (block.norm1, block.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
+
+    @torch.no_grad()
+    def init_projection(self) -> None:
+        """Draw the projection to the joint space anew (spec section 1.6 of EVA-CLIP)."""
+        if self.projection is not None:
+            truncated_normal_(self.projection.weight, CLASSIFIER_STD, None)
+            self.projection.weight.mul_(PROJECTION_SCALE)
+            nn.init.zeros_(self.projection.bias)
 
     def _init_xavier(self) -> None:
         """As EVA-02's pre-training does: each matrix as the official files store it, larger where there is sub-LN."""
@@ -344,7 +342,21 @@ class VisionTransformer(Backbone):
         Raises:
             ValueError: The image has a size that the model does not take.
         """
+        if self.training and self.config.patch_dropout:
+            if mask_BN is not None or layers:
+                raise ValueError("patch_dropout goes with neither masks nor feature maps; set patch_dropout: 0")
+            return self.forward_visible(image_BCYX, self._kept_patches(image_BCYX))
         return self._encode(self.embed(image_BCYX, mask_BN), self._grid_of(image_BCYX), None, layers)
+
+    def _kept_patches(self, image_BCYX: Tensor) -> Int[Tensor, "B M"]:
+        """What patch dropout leaves of each image, in random order (spec section 2.5)."""
+        rows, columns = self._grid_of(image_BCYX)
+        scores_BN = torch.randn(len(image_BCYX), rows * columns, device=image_BCYX.device)
+        return scores_BN.topk(self.num_kept(rows * columns), dim=1).indices
+
+    def num_kept(self, num_patches: int) -> int:
+        """Patches of an image that training sees."""
+        return max(1, int(num_patches * (1 - self.config.patch_dropout)))
 
     def forward_visible(self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"]) -> Features:
         """Encode some patches of each image as if there were no others (MAE-style encoders, patch dropout).
@@ -381,8 +393,11 @@ class VisionTransformer(Backbone):
             if number in wanted:
                 pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, grid)
         x_BSD = self.norm(x_BSD)
-        patches_BND = x_BSD[:, 1:]
-        return Features(patches_BND.mean(dim=1), patches_BND, grid, pyramid, cls=x_BSD[:, 0])
+        cls_BD, patches_BND = x_BSD[:, 0], x_BSD[:, 1:]
+        if self.projection is not None:  # apart, so that the backward pass of CLIP ends at cls
+            cls_BE, patches_BNE = self.projection(cls_BD), self.projection(patches_BND)
+            return Features(cls_BE, patches_BNE, grid, pyramid, cls=cls_BE)
+        return Features(patches_BND.mean(dim=1), patches_BND, grid, pyramid, cls=cls_BD)
 
     def embed(
         self,
@@ -435,7 +450,7 @@ class VisionTransformer(Backbone):
         if self.config.positions == "learned":
             return resize_position_embedding(self.pos_embed, self.grid, grid)
         return self.fixed_positions.get(
-            grid, self.pos_embed.device, lambda grid, device: sincos_positions(grid, self.width).to(device)
+            grid, self.pos_embed.device, lambda grid, device: sincos_positions(grid, self.config.width).to(device)
         ).to(self.pos_embed.dtype)
 
     def _rope(self, grid: Grid, device: torch.device) -> Float[Tensor, "S P 2"] | None:
@@ -461,7 +476,8 @@ class VisionTransformer(Backbone):
         per_token = 4 * config.width * inner + matrices * config.width * config.mlp_hidden
         attention = 2 * num_tokens * inner
         patches = num_patches * config.width * 3 * config.patch_size**2
-        return 2.0 * (config.depth * num_tokens * (per_token + attention) + patches)
+        projection = num_tokens * config.width * (config.projection or 0)
+        return 2.0 * (config.depth * num_tokens * (per_token + attention) + patches + projection)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside the 1-D ones (spec section 5.1; `mask_token` is decayed)."""

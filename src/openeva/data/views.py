@@ -12,6 +12,7 @@ on the device, so that batches travel as bytes.
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -37,12 +38,14 @@ class ViewSpec:
         target_size: The same for the second copy of the crop that a target looks at; None = it takes the first.
         masking: Draws the hidden patches; None = no mask.
         mean: Mean colour of the model's statistics, 0 to 1; what RandAugment moves away from leaves it behind.
+        tokenizer: Makes token ids `[B, L]` of captions, L as short as they allow; None = no text is read.
     """
 
     image_size: tuple[int, int]
     target_size: tuple[int, int] | None = None
     masking: MaskGenerator | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 
     @property
     def second_size(self) -> tuple[int, int] | None:

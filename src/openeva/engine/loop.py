@@ -45,6 +45,9 @@ class LoopTask(Protocol):
         """Accumulate gradients; returns loss and scalars, detached."""
         ...
 
+    def after_step(self) -> None:
+        """Bring parameters back to where they may be."""
+
 
 @runtime_checkable
 class LoopData(Protocol):
@@ -144,6 +147,7 @@ def run_loop(  # noqa: PLR0915  the one visible loop
             with timing.section("optimiser"):
                 grad_norm = precision.finish(state.module, loss, config.clip_grad)
                 step_unless_skipped(optimizer, precision.found_inf)
+                task.after_step()
                 optimizer.zero_grad(set_to_none=True)
                 precision.update()
                 if state.ema is not None:

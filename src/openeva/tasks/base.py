@@ -94,6 +94,9 @@ class Task(nn.Module):
         """`(loss, scalars)` of one micro-batch; scalars are detached, for the log only."""
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Bring parameters back to where they may be; called after each optimizer step, on the fp32 values."""
+
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
         """Held-out metrics of the task itself."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ class Sample:
         image: Encoded bytes (JPEG, PNG, ...) or an already decoded RGB image.
         name: Where it came from, for messages (a path, or `shard.tar:key`).
         label: Class index, or -1 where there is none.
-        extra: Captions, boxes, ... by name.
+        extra: More of it by name: `captions`, a list of one or more texts.
     """
 
     image: bytes | Image.Image

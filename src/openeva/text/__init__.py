@@ -1,0 +1,1 @@
+"""The text side of CLIP: tokenizer, tower, prompts."""
