@@ -9,10 +9,14 @@ numbers of samples -> `TrainBatches`, `EvalBatches` or `StreamBatches` -> a batc
     masked_weight: float32 of the same length, 1 for masked patches and 0 for the padding.
     index: int64 `[B]`, number of the sample in the concatenated sources (-1 for streams).
     flip: bool `[B]`, true = mirrored.   label: int64 `[B]`, -1 where there is none.
+    text: int64 `[B, L]`, token ids of one caption per sample, L as short as they allow (this and the next only with a
+        tokenizer): drawn anew for each time the sample is seen, for evaluation always its first.
+    captions: all captions of each sample, a list of lists; only in batches for evaluation.
     name: names of the samples, such as paths; only in batches for evaluation.
-    broken: names of the files that could not be read while this batch was made.
+    broken: names of the files that could not be read, and of pairs without a caption, while this batch was made.
 
-Source: as in the official reader, a broken file is replaced by a random other sample with that sample's own label.
+Source: as in the official reader, a broken file is replaced by a random other sample with that sample's own label, and
+an image without a caption counts as broken where captions are read (spec of EVA-CLIP, section 2.6).
 """
 
 import random
@@ -35,16 +39,35 @@ Batch = dict[str, Any]
 _REPLACEMENTS = 32
 """So many broken files in a row for one place in a batch mean that nothing can be read."""
 
+_BROKEN_IN_STREAM = 1000
+"""The same for a stream, whose samples come as they lie: a whole shard may be without captions."""
+
+_CAPTION_KEY = 0x7E87
+"""Which caption is drawn must not change the crop, and the other way round."""
+
+
+class NoCaptionError(OSError):
+    """A sample has no caption but the task reads text: a broken pair, counted like a broken file."""
+
 
 class BatchMaker:
-    """Fills batches row by row; lives in the workers."""
+    """Fills batches row by row; lives in the workers.
 
-    def __init__(self, spec: ViewSpec, crop: CropConfig) -> None:
+    Args:
+        spec: What the task wants to see.
+        crop: How views are cut.
+        all_captions: True = batches hold all captions, and the text is the first; False = the text is one of them,
+            drawn.
+    """
+
+    def __init__(self, spec: ViewSpec, crop: CropConfig, *, all_captions: bool = False) -> None:
         if spec.second_size and crop.randaugment:
             raise ValueError(
                 "crop.randaugment would change what the model sees but not what its target sees: remove it"
             )
-        self.spec, self.crop = spec, crop
+        self.spec, self.crop, self._all_captions = spec, crop, all_captions
+        if spec.tokenizer is not None:
+            spec.tokenizer([""])  # reads its vocabulary now, once for all workers that are forked later
 
     def empty(self, size: int) -> Batch:
         """Arrays for `size` samples."""
@@ -56,6 +79,10 @@ class BatchMaker:
         batch["index"] = torch.full((size,), -1)
         batch["flip"] = torch.zeros(size, dtype=torch.bool)
         batch["label"] = torch.full((size,), -1)
+        if self.spec.tokenizer is not None:
+            batch["text"] = [""] * size
+            if self._all_captions:
+                batch["captions"] = [[]] * size
         batch["broken"] = []
         return batch
 
@@ -63,8 +90,9 @@ class BatchMaker:
         """Decode, cut and mask one sample; all chance comes from `seed`.
 
         Raises:
-            OSError: The image cannot be decoded.
+            OSError: The image cannot be decoded, or has no caption where one is read.
         """
+        captions = [] if self.spec.tokenizer is None else _captions_of(sample)
         image_YXC = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
         rng = random.Random(seed)
         crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
@@ -78,10 +106,17 @@ class BatchMaker:
         batch["index"][row] = index
         batch["flip"][row] = crop.flip
         batch["label"][row] = sample.label
+        if self._all_captions and captions:
+            batch["captions"][row], batch["text"][row] = captions, captions[0]
+        elif captions:
+            batch["text"][row] = captions[seed_of(seed, _CAPTION_KEY) % len(captions) if len(captions) > 1 else 0]
 
     def finish(self, batch: Batch, num_rows: int) -> Batch:
-        """Cut a batch to the rows that were filled and list the masked patches."""
-        batch = {key: value[:num_rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        """Cut a batch to the rows that were filled, tokenise its texts and list the masked patches."""
+        rows = {"text", "captions"}
+        batch = {k: v[:num_rows] if k in rows or isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.spec.tokenizer is not None:
+            batch["text"] = self.spec.tokenizer(batch["text"])
         if self.spec.masking is None:
             return batch
         batch["mask"] = batch["mask"].flatten(1)
@@ -91,6 +126,18 @@ class BatchMaker:
         batch["masked_index"][: len(masked)] = masked
         batch["masked_weight"] = (torch.arange(length) < len(masked)).float()
         return batch
+
+
+def _captions_of(sample: Sample) -> list[str]:
+    """Captions of a sample, without those that say nothing.
+
+    Raises:
+        NoCaptionError: None is left.
+    """
+    captions = [caption for caption in (sample.extra or {}).get("captions", ()) if caption.strip()]
+    if not captions:
+        raise NoCaptionError("no caption for this image, or an empty one")
+    return captions
 
 
 def _broken(error: OSError, fallback: str) -> tuple[str, str]:
@@ -164,17 +211,20 @@ class StreamBatches(IterableDataset[Batch]):
         part, num_parts = self._rank * num_workers + number, self._world_size * num_workers
         samples = [self._endless(number, part, num_parts) for number in range(len(self._streams.sources))]
         rng = random.Random(seed_of(self._seed, part))
-        batch, row = self._maker.empty(self._size), 0
+        batch, row, in_a_row = self._maker.empty(self._size), 0, 0
         while True:
             sample = next(rng.choices(samples, self._streams.counts)[0], None)
             if sample is None:
                 return
             try:
                 self._maker.put(batch, row, sample, -1, rng.getrandbits(64))
-                row += 1
+                row, in_a_row = row + 1, 0
             except OSError as error:
                 batch["broken"].append(_broken(error, sample.name))
-            if row == self._size:
+                in_a_row += 1
+            if in_a_row == _BROKEN_IN_STREAM:
+                batch["unreadable"] = True  # the loader stops here, instead of looking for a sample for ever
+            if row == self._size or "unreadable" in batch:
                 yield self._maker.finish(batch, row)
                 batch, row = self._maker.empty(self._size), 0
 

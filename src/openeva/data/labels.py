@@ -1,10 +1,10 @@
-"""What is known of labels without reading an image: names of classes, the class of every sample, counts per class.
+"""What is known without reading an image: names of classes, the class of every sample, counts per class, captions.
 
 source -> `class_names_of`, `labels_of` (int64 `[N]`, -1 = none) -> `class_counts` (int64 `[V]`), `by_class`
 
 A source tells them by the optional members `class_names` (by label), `labels()` (class of every sample) and
 `name_of(i)` (the name that `read(i)` would give); without them classes are named by their numbers, and what needs the
-others says so.
+others says so. One whose samples have captions says it by `has_captions`.
 """
 
 import hashlib
@@ -20,6 +20,11 @@ from openeva.data.sampler import Indices, permute
 def class_names_of(source: Any) -> list[str]:
     """Names by label, their numbers where the source has no names; empty without labels."""
     return list(getattr(source, "class_names", None) or map(str, range(source.num_classes)))
+
+
+def has_captions(source: Any) -> bool:
+    """Whether the samples of a source have captions, as far as it says so."""
+    return bool(getattr(source, "has_captions", False))
 
 
 def labels_of(source: Any) -> Indices:

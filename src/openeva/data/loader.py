@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from openeva.config import Config, Source
 from openeva.data.batches import Batch, BatchMaker, EvalBatches, StreamBatches, TrainBatches
 from openeva.data.file_index import Progress
+from openeva.data.labels import has_captions
 from openeva.data.mixture import Mixture, Streams, balanced, open_sources
 from openeva.data.sampler import Order, permute, seed_of, seeds_of
 from openeva.data.subset import few_labels, hold_out, hold_out_listed
@@ -201,6 +202,23 @@ class _Loader:
         return batch
 
 
+def _batch_maker(
+    source: Mixture | Streams, spec: ViewSpec, crop: CropConfig, *, all_captions: bool = False
+) -> BatchMaker:
+    """What fills the batches of a loader.
+
+    Raises:
+        ValueError: The task reads text, but a source has no captions.
+    """
+    if spec.tokenizer is not None and not source.has_captions:
+        without = [f"{n} ({type(s).__name__})" for n, s in enumerate(source.sources) if not has_captions(s)]
+        raise ValueError(
+            f"this task reads text, but there are no captions in source {', '.join(without)}; give sources of images"
+            " with captions (webdataset, captions, huggingface, scenes with `captions: true`), or leave these out"
+        )
+    return BatchMaker(spec, crop, all_captions=all_captions)
+
+
 class TrainLoader(_Loader):
     """Endless training batches, the same whatever the number of workers and however ranks and accumulation share them.
 
@@ -246,9 +264,9 @@ class TrainLoader(_Loader):
             max_broken: Share of unreadable files above which `TooManyBrokenError` is raised.
 
         Raises:
-            ValueError: There are fewer samples than a global batch takes.
+            ValueError: There are fewer samples than a global batch takes, or no captions where the task reads text.
         """
-        self._maker = BatchMaker(spec, crop)
+        self._maker = _batch_maker(source, spec, crop)
         self._source, self._batch_size, self._accumulation, self._seed = source, batch_size, accumulation, seed
         self._rank, self._world_size = rank, world_size
         self._global_batch = batch_size * accumulation * world_size
@@ -324,7 +342,7 @@ class EvalLoader(_Loader):
         max_broken: float = 0.01,
     ) -> None:
         """See `TrainLoader`; `limit` takes that many samples, chosen at random but always the same."""
-        self._source, self._maker = source, BatchMaker(spec, crop)
+        self._source, self._maker = source, _batch_maker(source, spec, crop, all_captions=True)
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.num_samples = len(source) if limit is None else min(limit, len(source))
         """Samples of all ranks together."""

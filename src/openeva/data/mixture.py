@@ -14,7 +14,7 @@ import numpy as np
 
 from openeva.config import ComponentConfig
 from openeva.data.file_index import Progress
-from openeva.data.labels import by_class, class_counts, class_names_of, labels_of, name_of
+from openeva.data.labels import by_class, class_counts, class_names_of, has_captions, labels_of, name_of
 from openeva.data.sampler import Indices
 from openeva.data.sources.base import Sample, Source, StreamSource
 from openeva.data.subset import Part, Subset, identity_of
@@ -33,6 +33,7 @@ class Mixture:
         weights: How often a sample of each source is seen per epoch, on average.
         class_names: By label, empty without labels.
         num_classes: Number of label values, 0 without labels.
+        has_captions: Whether all sources have captions.
         identity: Of each source in words; two mixtures of the same identity have the same samples in the same order, as
             far as the sources can tell.
     """
@@ -53,6 +54,7 @@ class Mixture:
         names = [class_names_of(source) for source in sources]
         self.class_names = _merged(names) if class_names is None else list(class_names)
         self.num_classes = len(self.class_names)
+        self.has_captions = all(map(has_captions, self.sources))
         self._label_maps = [_label_map(own, self.class_names) for own in names]
         self.identity = list(identity or (f"{w:g} x {identity_of(s)}" for w, s in zip(weights, sources, strict=True)))
         self._ends = np.cumsum([len(source) for source in sources])
@@ -175,6 +177,11 @@ class Streams:
     def class_names(self) -> list[str]:
         """By label, empty without labels. Labels of streams are numbers that mean the same in all of them."""
         return max(map(class_names_of, self.sources), key=len)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether all streams have captions."""
+        return all(map(has_captions, self.sources))
 
     @property
     def counts(self) -> list[int]:

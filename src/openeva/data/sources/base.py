@@ -52,7 +52,8 @@ class SourceConfig(ComponentConfig):
 class Source(Protocol):
     """Random access to samples.
 
-    A source may also tell `class_names`, `labels()` and `name_of(index)` without reading images: `data/labels.py`.
+    A source may also tell `class_names`, `labels()` and `name_of(index)` without reading images, and `has_captions`:
+    `data/labels.py`.
     """
 
     num_classes: int
