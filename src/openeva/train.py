@@ -25,7 +25,7 @@ from openeva.engine.ema import Ema
 from openeva.engine.hardware import environment, peak_flops
 from openeva.engine.log import Record, RunLog, counting, scanning
 from openeva.engine.loop import LoopConfig, StopSignal, run_loop
-from openeva.engine.optim import OptimConfig, build_optimizer
+from openeva.engine.optim import OptimConfig, build_optimizer, check_towers
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
 from openeva.evals.base import Evaluation, check_fit, needs_of, once, shared_features
@@ -169,7 +169,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         task.speed_up_frozen(compile_forward=run.compile != "off")
         optimizer = build_optimizer(
             distributed.unwrap(task.trainable), recipe.optim, no_decay=task.backbone.no_weight_decay(),
-            num_layers=task.backbone.num_layers,
+            num_layers=task.backbone.num_layers, towers=task.towers,
         )  # fmt: skip
         ema = Ema(distributed.unwrap(task.trainable), recipe.optim.ema) if recipe.optim.ema else None
         part = task.trained_part
@@ -234,11 +234,12 @@ def build_task(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) ->
     """The recipe's task, with what only the data says (such as the number of classes).
 
     Raises:
-        ConfigError: The data does not suit it.
+        ConfigError: The data does not suit it, or it has not the towers of `optim.towers`.
         ValueError: Its parts do not fit together.
     """
     config = recipe.task
     task: Task = (config.fit_to(train, val) if isinstance(config, TaskConfig) else config).build()
+    check_towers(recipe.optim, task.towers)
     return task
 
 

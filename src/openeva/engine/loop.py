@@ -212,7 +212,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, config: LoopConfig, step: in
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = weight_decay * group.get("decay_scale", 1.0)
     return lr
 
 

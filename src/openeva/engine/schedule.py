@@ -1,8 +1,8 @@
 """Learning-rate and weight-decay schedules, as functions of the optimizer step.
 
-Source: spec section 5.3. Warm-up rises linearly from 0 at step 0 to the base value at step W-1, both included; the
-decay then starts at the base value again and approaches the final value without reaching it (cosine) or reaches it
-(linear).
+Source: spec section 5.3; of EVA-CLIP section 2.4. Warm-up over W steps rises linearly to the base value at step W-1,
+from 0 at step 0, or (CLIP) from the W-th part of the base value; the decay then starts at the base value again and
+approaches the final value without reaching it (cosine) or reaches it (linear).
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Shape = Literal["cosine", "linear"]
+WarmupFrom = Literal["zero", "first_step"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Schedule:
         total_steps: Length of the run.
         warmup_steps: Length of the linear rise, 0 for none.
         shape: Form of the decay.
+        warmup_from: Value of step 0 of the rise: 0, or the same part of the base value that each step adds.
     """
 
     base: float
@@ -29,6 +31,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int = 0
     shape: Shape = "cosine"
+    warmup_from: WarmupFrom = "zero"
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps <= self.total_steps:
@@ -39,6 +42,8 @@ class Schedule:
     def at(self, step: int) -> float:
         """The value that step `step` (from 0) uses; the last value after the end of the run."""
         step = min(step, self.total_steps - 1)
+        if step < self.warmup_steps and self.warmup_from == "first_step":
+            return self.base * (step + 1) / self.warmup_steps
         if step < self.warmup_steps:
             return self.base * step / (self.warmup_steps - 1) if self.warmup_steps > 1 else self.base * step
         done, length = step - self.warmup_steps, self.total_steps - self.warmup_steps

@@ -18,6 +18,7 @@ from openeva.checkpoints.delta import TrainedPart
 from openeva.config import ComponentConfig
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import ViewSpec
+from openeva.engine.optim import TowerLayout
 
 Batch = dict[str, Any]
 """What the loader yields; see `data/loader.py` for the keys."""
@@ -62,6 +63,11 @@ class Task(nn.Module):
     def backbone(self) -> Backbone:
         """The image encoder that learns."""
         raise NotImplementedError
+
+    @property
+    def towers(self) -> dict[str, TowerLayout]:
+        """Parts of `trainable` that may have a learning rate of their own, by the names that recipes use."""
+        return {}
 
     def view_spec(self, *, train: bool) -> ViewSpec:
         """What the loader should make of each training or held-out image."""
