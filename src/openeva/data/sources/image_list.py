@@ -8,7 +8,6 @@ Python objects. What a run held out (`held_out.csv`) is such a table too.
 """
 
 import array
-import csv
 import hashlib
 import os
 import re
@@ -21,14 +20,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from openeva.config import ConfigError
-from openeva.data.file_index import IMAGE_EXTENSIONS, Progress, printable
+from openeva.data.file_index import Progress, printable
 from openeva.data.sources.base import Sample, SourceConfig
+from openeva.data.table import SHOWN, Columns, Problems, delimited_rows, first_line, is_image
 from openeva.registry import did_you_mean
 
-PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
 LABEL_NAMES = ("label", "class", "class_name", "target", "category")
 
-_SHOWN = 10
 _MOST_NUMBERED_CLASSES = 100_000
 
 
@@ -91,7 +89,7 @@ class Config(SourceConfig):
         if self.check_files and not table.problems:
             table.look_for(images)
         if table.problems:
-            raise ConfigError([problem for kind in table.problems.values() for problem in kind])
+            raise ConfigError(list(table.problems))
         return images
 
 
@@ -152,25 +150,15 @@ class _Table:
     """Rows on their way into arrays, and everything that is wrong with them.
 
     Attributes:
-        problems: Messages by kind of problem, the first of each kind and their number.
+        problems: What is wrong.
     """
 
     def __init__(self, config: Config, file: Path, progress: Progress) -> None:
         self.config, self.file, self.progress = config, file, progress
         self.blob, self.ends, self.labels = bytearray(), array.array("q"), array.array("i")
-        self.problems: dict[str, list[str]] = {}
+        self.problems = Problems(file)
         self._lines = array.array("q")
         self._number: dict[str, int] = {}
-        self._counts: dict[str, int] = {}
-
-    def problem(self, kind: str, text: str, line: int | None = None) -> None:
-        """Note a problem; of each kind the first ten are told and the others counted."""
-        where = str(self.file) if line is None else f"{self.file}:{line}"
-        told, self._counts[kind] = self.problems.setdefault(kind, []), self._counts.get(kind, 0) + 1
-        if self._counts[kind] <= _SHOWN:
-            told.append(f"{where}: {text}")
-        else:
-            told[_SHOWN:] = [f"{self.file}: ... and {self._counts[kind] - _SHOWN} more of the same"]
 
     def read(self) -> None:
         """Read all rows.
@@ -178,51 +166,46 @@ class _Table:
         Raises:
             ConfigError: The columns cannot be told.
         """
-        with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            first = text.readline()
-            delimiter: str = self.config.delimiter or next((d for d in "\t;," if d in first), ",")
-            text.seek(0)
-            rows = csv.reader(text, delimiter=delimiter)
-            lines: Iterator[tuple[int, list[str]]] = (
-                (rows.line_num, cells) for row in rows if any(cells := [cell.strip() for cell in row])
-            )
-            try:
-                self._read(lines)
-            except csv.Error as error:
-                self.problem("csv", f"not readable as a table ({error}); check quotes and line ends", rows.line_num)
+        first = first_line(self.file)
+        delimiter: str = self.config.delimiter or next((d for d in "\t;," if d in first), ",")
+        self._read(delimited_rows(self.file, delimiter, self.problems))
 
     def _read(self, lines: Iterator[tuple[int, list[str]]]) -> None:
         line, first = next(lines, (1, []))
+        if not first and self.problems:
+            return
         if not first:
             raise ConfigError([f"image_list: {self.file} is empty; it must have one row per image: path, label"])
         header = self.config.header
         if header == "auto":
-            header = not any(map(_is_image, first))
+            header = not any(map(is_image, first))
         names = first if header else []
         second = next(lines, None) if header else (line, first)
-        path, label, split = _Columns(self.config, self.file, names, (second or (0, first))[1]).choose()
+        path, label, split = _choose_columns(self.config, self.file, Columns(names, (second or (0, first))[1]))
         needed = max(column for column in (path, label, split) if column is not None)
         splits: set[str] = set()
         while second is not None:
             line, row = second
             second = next(lines, None)
             if row == names:
-                self.problem("header", "the header once more; tables that were put together keep one header", line)
+                self.problems.note(
+                    "header", "the header once more; tables that were put together keep one header", line
+                )
             elif len(row) <= needed:
-                self.problem("short", f"{len(row)} columns where {needed + 1} are needed; complete the row", line)
+                self.problems.note("short", f"{len(row)} columns where {needed + 1} are needed; complete the row", line)
             elif split is not None and row[split] != self.config.split:
                 splits.add(row[split])
             else:
                 self._add(line, row[path], None if label is None else row[label])
         if not self.labels and not self.problems:
-            found = f" with {self.config.split!r} as split, only {', '.join(sorted(splits)[:_SHOWN])}" if splits else ""
-            self.problem("empty", f"no rows{found}; it must have one row per image")
+            found = f" with {self.config.split!r} as split, only {', '.join(sorted(splits)[:SHOWN])}" if splits else ""
+            self.problems.note("empty", f"no rows{found}; it must have one row per image")
 
     def _add(self, line: int, path: str, label: str | None) -> None:
         if not path:
-            self.problem("path", "no path in this row; give it or delete the row", line)
+            self.problems.note("path", "no path in this row; give it or delete the row", line)
         elif label == "":
-            self.problem("label", f"{path} has no label; give one, delete the row, or set `labels: false`", line)
+            self.problems.note("label", f"{path} has no label; give one, delete the row, or set `labels: false`", line)
         else:
             self.blob += path.encode("utf-8", "surrogateescape")
             self.ends.append(len(self.blob))
@@ -244,7 +227,7 @@ class _Table:
             largest = max(map(int, found))
             if largest >= max(_MOST_NUMBERED_CLASSES, 2 * len(found)):
                 text = f"the whole numbers that are labels are class numbers from 0, but the largest is {largest}"
-                self.problem("number", f"{text}; number the classes, or list the labels in use as `classes`")
+                self.problems.note("number", f"{text}; number the classes, or list the labels in use as `classes`")
                 return []
             classes = [str(label) for label in range(largest + 1)]
             number = {name: int(name) for name in found if int(name) >= 0}
@@ -266,88 +249,50 @@ class _Table:
             if self.config.classes is None:
                 text = f"label {name} is negative; class numbers begin at 0, and rows without a label must be left out"
             else:
-                shown = self._counts.get("unknown", 0) < _SHOWN
+                shown = self.problems.count("unknown") < SHOWN
                 hint = did_you_mean(name, classes) if shown else ""
                 text = f"label {name!r} is not in `classes`{hint}; correct it, or add it there"
-            self.problem("unknown", text, line)
+            self.problems.note("unknown", text, line)
 
     def look_for(self, images: ImageList) -> None:
         """Note the files that do not exist."""
         for index in range(len(images)):
             path = images.path_of(index)
             if not os.path.isfile(path):  # noqa: PTH113 (bytes)
-                self.problem("missing", f"{printable(path)} does not exist", self._lines[index])
+                self.problems.note("missing", f"{printable(path)} does not exist", self._lines[index])
             if index % 10_000 == 9999:
                 self.progress(index + 1, f"looking for the files of {self.file}")
-        if missing := self._counts.get("missing"):
+        if missing := self.problems.count("missing"):
             base = printable(images._root)
             text = f"{missing} of {len(images)} files are missing; relative paths start from {base} (key `root`)"
-            self.problems["missing"].insert(0, f"{self.file}: {text}; `check_files: false` goes on without them")
+            self.problems.sum_up("missing", f"{text}; `check_files: false` goes on without them")
 
 
-def _is_image(cell: str) -> bool:
-    return cell.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in cell
+def _choose_columns(config: Config, file: Path, columns: Columns) -> tuple[int, int | None, int | None]:
+    """Numbers of the columns of paths, labels (None without) and splits (None where all rows are taken).
+
+    Raises:
+        ConfigError: Not all of them can be told.
+    """
+    split = None if config.split is None else columns.find("split_column", config.split_column)
+    given = config.path_column
+    path = columns.path("path_column") if given is None else columns.find("path_column", given)
+    label = None
+    if config.labels:
+        given = config.label_column
+        label = _label_column(columns, path, split) if given is None else columns.find("label_column", given)
+    if columns.problems:
+        raise ConfigError([f"image_list: {file}:1: {problem}" for problem in columns.problems])
+    assert path is not None
+    return path, label, split
 
 
-class _Columns:
-    """Finds the columns of a table."""
-
-    def __init__(self, config: Config, file: Path, names: list[str], row: list[str]) -> None:
-        self.config, self.file, self.names, self.row = config, file, names, row
-        self.problems: list[str] = []
-
-    def choose(self) -> tuple[int, int | None, int | None]:
-        """Numbers of the columns of paths, labels (None without) and splits (None where all rows are taken).
-
-        Raises:
-            ConfigError: Not all of them can be told.
-        """
-        twice = sorted({name for name in self.names if name and self.names.count(name) > 1})
-        if twice:
-            self.problems.append(f"the header has {', '.join(map(repr, twice))} twice; each column needs its own name")
-        config = self.config
-        split = None if config.split is None else self._find("split_column", config.split_column)
-        path = self._path() if config.path_column is None else self._find("path_column", config.path_column)
-        label = None
-        if config.labels:
-            given = config.label_column
-            label = self._label(path, split) if given is None else self._find("label_column", given)
-        if self.problems:
-            raise ConfigError([f"image_list: {self.file}:1: {problem}" for problem in self.problems])
-        assert path is not None
-        return path, label, split
-
-    def _find(self, key: str, wanted: str | int) -> int | None:
-        columns = (
-            f"the columns are {', '.join(self.names) if self.names else f'0 to {len(self.row) - 1}, without names'}"
-        )
-        if isinstance(wanted, int):
-            if 0 <= wanted < len(self.row):
-                return wanted
-            self.problems.append(f"{key} is {wanted}, but {columns}")
-        elif wanted in self.names:
-            return self.names.index(wanted)
-        else:
-            self.problems.append(f"there is no column {wanted!r} ({key}){did_you_mean(wanted, self.names)}; {columns}")
-        return None
-
-    def _path(self) -> int | None:
-        named = [number for number, name in enumerate(self.names) if name.lower() in PATH_NAMES]
-        images = [number for number, cell in enumerate(self.row) if _is_image(cell)]
-        found = named if len(named) == 1 else images or ([] if self.names else [0])
-        if not found:
-            self.problems.append(
-                f"which column holds the paths? None is called {', '.join(PATH_NAMES[:3])} or ends like an image; set"
-                f" path_column (the columns are {', '.join(self.names)}), or `header: false` if they have no names"
-            )
-        return found[0] if found else None
-
-    def _label(self, path: int | None, split: int | None) -> int | None:
-        named = [number for number, name in enumerate(self.names) if name.lower() in LABEL_NAMES]
-        others = [number for number in range(len(self.row)) if number not in {path, split}]
-        if len(named) == 1:
-            return named[0]
-        if len(others) > 1:
-            columns = ", ".join(self.names) or f"0 to {len(self.row) - 1}"
-            self.problems.append(f"which column holds the labels? Set label_column (of {columns}), or labels=false")
-        return others[0] if len(others) == 1 else None
+def _label_column(columns: Columns, path: int | None, split: int | None) -> int | None:
+    named = columns.called(LABEL_NAMES)
+    others = [number for number in range(len(columns.row)) if number not in {path, split}]
+    if len(named) == 1:
+        return named[0]
+    if len(others) > 1:
+        known = ", ".join(columns.names) or f"0 to {len(columns.row) - 1}"
+        columns.problems.append(f"which column holds the labels? Set label_column (of {known}), or labels=false")
+    return others[0] if len(others) == 1 else None
