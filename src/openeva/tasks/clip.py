@@ -23,9 +23,11 @@ from openeva.backbones.base import Backbone
 from openeva.backbones.vit import VisionTransformer, architecture_to_fine_tune
 from openeva.checkpoints.load import LoadReport
 from openeva.config import ConfigError
+from openeva.data.labels import has_captions
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import gather_over_processes, sum_over_processes, unwrap
+from openeva.engine.optim import TowerLayout
 from openeva.heads.clip import ClipConfig, ClipModel
 from openeva.layers.flops import training_passes
 from openeva.losses.contrastive import Contrast, info_nce, sigmoid_loss
@@ -96,11 +98,11 @@ class Config(TaskConfig, ClipConfig):
             ConfigError: Some of it has none.
         """
         problems = [
-            f"data.{part}.{number} has images without captions, and task clip learns from both: use source captions,"
-            " huggingface, webdataset with captions, or scenes with captions: true; or remove this source"
+            f"data.{part}.{number} has no captions, and the task clip learns from images with captions: use another"
+            " source (webdataset, captions, huggingface; scenes with captions: true), or remove this one"
             for part, data in (("train", train), ("val", val))
             for number, source in enumerate([] if data is None else data.sources)
-            if not getattr(source, "has_captions", False)
+            if not has_captions(source)
         ]
         if problems:
             raise ConfigError(problems)
@@ -156,6 +158,16 @@ class ClipTask(Task):
     def blocks(self) -> list[nn.Module]:
         """The blocks of both towers."""
         return [*super().blocks(), *self.model.text.transformer.resblocks]
+
+    @property
+    def towers(self) -> dict[str, TowerLayout]:
+        """Image and text (spec section 2.3)."""
+        backbone, text = self.backbone, self.model.text
+        no_decay = frozenset(backbone.no_weight_decay())
+        return {
+            "image": TowerLayout("backbone.", backbone.num_layers, no_decay, also=("projection.",)),
+            "text": TowerLayout("text.", text.num_layers, frozenset({"positional_embedding"})),
+        }
 
     def view_spec(self, *, train: bool) -> ViewSpec:
         """Images of the backbone's size, and their captions as token ids."""
