@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from openeva.config import Config, ConfigError, Duration
+from openeva.engine.lamb import Lamb, Rule
 from openeva.engine.lars import Lars
 from openeva.engine.schedule import Schedule, Shape, WarmupFrom
 
@@ -53,8 +54,10 @@ class TowerLayout:
 class OptimConfig(Config):
     """Optimizer and its schedules; the defaults are EVA's pre-training recipe."""
 
-    name: Literal["adamw", "lars", "lamb"] = Field(
-        "adamw", description="lars: large-batch SGD, for linear probes; lamb: large-batch Adam, for CLIP"
+    name: Literal["adamw", "lars", "lamb", "nvlamb"] = Field(
+        "adamw",
+        description="lars: large-batch SGD, for linear probes; lamb: large-batch Adam, for CLIP (nvlamb: its variant"
+        " that scales only the steps of decayed tensors)",
     )
     lr: float = Field(1e-3, ge=0, description="peak learning rate, not scaled by batch size")
     min_lr: float = Field(1e-5, ge=0, description="the learning rate that the decay approaches")
@@ -181,8 +184,9 @@ def tower_groups(
     """
     check_towers(config, towers)
     left, groups = list(named_parameters), []
+    settings: dict[str, TowerConfig] = {str(name): tower for name, tower in config.towers.items()}
     for tower, layout in towers.items():
-        own = config.towers.get(tower, TowerConfig())
+        own = settings.get(tower, TowerConfig())
         part = [(name, parameter) for name, parameter in left if layout.holds(name)]
         left = [(name, parameter) for name, parameter in left if not layout.holds(name)]
         layer_decay = config.layer_decay if own.layer_decay is None else own.layer_decay
@@ -241,6 +245,9 @@ def build_optimizer(
     groups = _checked(groups)
     if config.name == "lars":
         return Lars(groups, config.lr, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+    if config.name in {"lamb", "nvlamb"}:
+        rule: Rule = "nvlamb" if config.name == "nvlamb" else "deepspeed"
+        return Lamb(groups, config.lr, betas=config.betas, eps=config.eps, rule=rule)
     return _adamw(groups, config)
 
 
