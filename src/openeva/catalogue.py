@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openeva.checkpoints.pretrained import PRETRAINED, PretrainedWeights
+from openeva.checkpoints.pretrained import PRETRAINED
+from openeva.checkpoints.released import PretrainedWeights
 from openeva.config import list_recipes, recipe_folder
 from openeva.registry import FOLDERS, component_module, component_names, did_you_mean
 
@@ -86,7 +87,7 @@ def variants() -> list[Variant]:
 
 
 def released(pattern: str = "*") -> list[PretrainedWeights]:
-    """Released weights whose official name, variant or timm name fits a wildcard or holds a word, in any case.
+    """Released weights of which a name (the official, the variant's, other libraries') fits a wildcard or holds a word.
 
     Raises:
         ValueError: Nothing fits.
@@ -96,10 +97,15 @@ def released(pattern: str = "*") -> list[PretrainedWeights]:
     def fits(*names: str) -> bool:
         return any(fnmatch.fnmatchcase(name.lower(), wildcard.lower()) for name in names)
 
-    found = [entry for entry in PRETRAINED.values() if fits(entry.name, entry.variant, *entry.timm)]
+    found = [entry for entry in PRETRAINED.values() if fits(*_names(entry))]
     if not found:
         raise ValueError(f"no released weights fit {pattern!r}{did_you_mean(pattern, list(PRETRAINED))}")
     return found
+
+
+def _names(entry: PretrainedWeights) -> list[str]:
+    others = [name for name in (entry.clip, entry.open_clip) if name is not None]
+    return [entry.name, entry.variant, *entry.timm, *others]
 
 
 def weights_row(entry: PretrainedWeights) -> tuple[str, ...]:
@@ -108,7 +114,7 @@ def weights_row(entry: PretrainedWeights) -> tuple[str, ...]:
     return (
         entry.name,
         entry.task,
-        entry.variant,
+        entry.clip or entry.variant,
         "-" if entry.num_parameters is None else f"{entry.num_parameters:,}",
         str(entry.image_size),
         entry.licence or "-",

@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from openeva.backbones.base import Backbone
 from openeva.checkpoints.native import CONFIG_FILE, WEIGHTS_FILE, is_complete, save_native
-from openeva.checkpoints.pretrained import Accuracy, PretrainedWeights, find_entry
+from openeva.checkpoints.pretrained import find_entry
+from openeva.checkpoints.released import Accuracy, PretrainedWeights
 from openeva.engine.log import read_log
 from openeva.evals.robustness import OFFICIAL_SIZES
 from openeva.export import native_config, native_tensors

@@ -13,25 +13,31 @@ from typing import Any
 
 from openeva.backbones.base import Backbone
 from openeva.backbones.vit import VARIANTS, Config, VisionTransformer
-from openeva.checkpoints.detect import infer_vit_config
-from openeva.checkpoints.load import Weights, load_into, read_weights
+from openeva.checkpoints.clip import holds_text
+from openeva.checkpoints.load import LoadReport, Weights, described_backbone, described_clip, load_into, read_weights
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
-from openeva.checkpoints.pretrained import PretrainedWeights, find_entry
+from openeva.checkpoints.pretrained import TIMM, find_entry
+from openeva.checkpoints.released import PretrainedWeights
 from openeva.checkpoints.weights import digest_of_file
 from openeva.config import ConfigError, validate
 from openeva.data.loader import DataConfig
 from openeva.data.transform import Transform
 from openeva.data.views import CropConfig
 from openeva.heads.classifier import ImageClassifier, Pooling
+from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel
 
-Model = VisionTransformer | ImageClassifier
+Model = VisionTransformer | ImageClassifier | ClipModel
 
 FRESH_HEAD = ("backbone.norm", "fc_norm", "attention_pool", "classifier")
 """What may start anew where a classifier is made of weights that hold none, or one for other classes."""
 SAME_ARCHITECTURE = ("width", "depth", "mlp_hidden", "mlp")
 """Keys in which weights must agree with the variant that was asked for; the others are taken from the weights."""
+SAME_TEXT_TOWER = ("width", "depth")
+"""The same for the text tower of a CLIP."""
 _DEFAULTS = {key: field.default for key, field in Config.model_fields.items()}
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+CLIP_CROP = CropConfig(scale=(0.9, 1.0), hflip=0.0)
+"""Of the official CLIP training, which neither mirrors nor changes colours."""
 OFFICIAL_EVALUATION = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
 """The whole shorter side, bicubic."""
 
@@ -58,7 +64,8 @@ class Transforms:
     """What makes the input of a model.
 
     Attributes:
-        train: Random crop, mirroring, RandAugment, normalisation: that of the official fine-tuning recipes.
+        train: Random crop, mirroring, RandAugment, normalisation: that of the official fine-tuning recipes; for a CLIP
+            the crop of its training alone.
         evaluate: What `openeva evaluate` and `openeva predict` do with these weights.
     """
 
@@ -68,7 +75,7 @@ class Transforms:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` takes, by wildcard."""
-    return sorted(fnmatch.filter(VARIANTS, pattern))
+    return sorted(fnmatch.filter([*VARIANTS, *CLIP_VARIANTS], pattern))
 
 
 def create_model(
@@ -80,29 +87,46 @@ def create_model(
     batch_norm: bool | None = None,
     **overrides: Any,
 ) -> Model:
-    """A model of the EVA family: a classifier where the weights hold one or `num_classes` asks for it, else a backbone.
+    """A model of the EVA family.
+
+    A `ClipModel` for the variants of CLIP, a classifier where the weights hold one or `num_classes` asks for it, else a
+    backbone.
 
     Args:
-        name: A variant such as "eva_g_14" (see `list_models`), or released weights, which say what they are.
-        weights: What to load: an official name such as "eva_21k_1k_336px_psz14_ema_89p6" or timm's for it (see
-            `openeva list --weights`), a run, a model folder or a file. Image size, pooling and normalisation are those
-            of the weights. `model.load_report` tells what became of every tensor, `model.origin` what is known of them.
+        name: A variant such as "eva_g_14" or "eva02_clip_b_16" (see `list_models`), or released weights, which say what
+            they are.
+        weights: What to load: an official name such as "eva_21k_1k_336px_psz14_ema_89p6", timm's or open_clip's for it
+            (see `openeva list --weights`), a run, a model folder or a file. Image size, pooling and normalisation are
+            those of the weights. `model.load_report` tells what became of every tensor, `model.origin` what is known of
+            them.
         num_classes: Of the classifier: None = that of the weights, 0 = none; any other number than the weights' starts
             a fresh one.
         pooling: "mean", "cls" or "attention"; default: the weights', or mean.
         batch_norm: Batch norm in front of a fresh linear classifier, as in linear probing; default: the weights', or
             none.
         **overrides: Any key of the transformer's config, such as `image_size=448` (positions are resized) or
-            `patch_size=16`.
+            `patch_size=16`; of a CLIP also `text={...}` and `embed_dim`.
 
     Raises:
         ConfigError: Unknown name or key, values that do not fit together, or weights that are out of reach.
         ValueError: The weights are of another architecture, or damaged.
     """
     entry = find_entry(name) if name not in VARIANTS and weights is None else None
-    if entry is not None:
-        name, weights = entry.variant, name
+    if entry is not None:  # timm has the image tower of a CLIP alone
+        pair = entry.clip if num_classes is None and name not in TIMM else None
+        name, weights = pair or entry.variant, name
     head = _Head(num_classes, pooling, batch_norm)
+    if name in CLIP_VARIANTS:
+        if head != _Head(None, None, None):
+            raise ConfigError(
+                [
+                    f"{name} classifies by texts and takes no num_classes, pooling or batch_norm; for a classifier on"
+                    f" its image tower name that: create_model({_image_variant(name)!r}, ...)"
+                ]
+            )
+        if weights is not None:
+            return _load_clip(weights, name, overrides)
+        return ClipModel(validate(ClipConfig, {"variant": name, **_clip_keys(overrides)}, where=name))
     if weights is not None:
         _known_variant(name)
         return _load(weights, name, head, overrides)
@@ -121,15 +145,15 @@ def load_checkpoint(
     batch_norm: bool | None = None,
     **overrides: Any,
 ) -> Model:
-    """A trained model in evaluation mode: a classifier where the weights hold one, else the backbone.
+    """A trained model in evaluation mode: a CLIP or classifier where the weights hold one, else the backbone.
 
     Args:
         path: A run such as "runs/demo", a model folder, a file, or an official name; what it says decides the
             architecture.
-        num_classes: As in `create_model`.
+        num_classes: As in `create_model`; any number, also 0, takes the image tower of a CLIP alone.
         pooling: As in `create_model`.
         batch_norm: As in `create_model`.
-        **overrides: Keys of the transformer to change, such as `image_size=336`.
+        **overrides: As in `create_model`.
 
     Raises:
         WeightsError: Nothing there.
@@ -138,15 +162,15 @@ def load_checkpoint(
     return _load(path, None, _Head(num_classes, pooling, batch_norm), overrides).eval()
 
 
-def transforms_for(model: Backbone | ImageClassifier) -> Transforms:
+def transforms_for(model: Backbone | ImageClassifier | ClipModel) -> Transforms:
     """The transforms that belong to a model's weights: their image size, statistics and crop.
 
     For a model without weights: evaluation as for the official ones (the whole shorter side, bicubic).
     """
-    backbone = model.backbone if isinstance(model, ImageClassifier) else model
+    backbone = model if isinstance(model, Backbone) else model.backbone
     origin = getattr(model, "origin", None) or getattr(backbone, "origin", None) or Origin()
     statistics = backbone.normalisation
-    train = CropConfig(scale=(0.08, 1.0), randaugment=RANDAUGMENT)
+    train = CLIP_CROP if isinstance(model, ClipModel) else CropConfig(scale=(0.08, 1.0), randaugment=RANDAUGMENT)
     return Transforms(
         train=Transform(train, backbone.image_size, statistics.mean, statistics.std),
         evaluate=Transform(origin.crop, backbone.image_size, statistics.mean, statistics.std),
@@ -184,8 +208,8 @@ class _Found:
 def _load(address: str, variant: str | None, head: _Head, overrides: Mapping[str, Any]) -> Model:
     path = model_path(address)
     weights = read_weights(path)
-    if weights.entry is not None and weights.entry.kind == "clip":
-        _drop_projection(weights)
+    if variant is None and head.num_classes is None and holds_text(weights.state_dict):
+        return _load_clip(address, None, overrides, weights)
     found = _classifier_in(weights)
     wanted = head.completed_by(found)
     content = _architecture(address, weights, variant, overrides)
@@ -200,12 +224,17 @@ def _load(address: str, variant: str | None, head: _Head, overrides: Mapping[str
         report = load_into(model, weights, fresh=() if own else FRESH_HEAD, grid=config.grid)
     else:
         report = load_into(backbone, weights, part="backbone", fresh=("backbone.mask_token",), grid=config.grid)
+    _tell_origin(model, backbone, address, weights, report)
+    return model
+
+
+def _tell_origin(model: Model, backbone: Backbone, address: str, weights: Weights, report: LoadReport) -> None:
+    path = weights.source
     digest = digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)
     backbone.identity = f"{backbone.identity}/{path.name}-{digest}"
     facts = {"origin": _origin(address, weights), "load_report": report}
     for part in (model, backbone):
         vars(part).update(facts)
-    return model
 
 
 def _for_classifying(content: Mapping[str, Any], wanted: _Head, found: _Found) -> dict[str, Any]:
@@ -215,31 +244,28 @@ def _for_classifying(content: Mapping[str, Any], wanted: _Head, found: _Found) -
         changes["positions"] = "learned"  # fixed while pre-training, only the start of what fine-tuning learns
     if not found.num_classes or wanted.pooling != found.pooling:
         changes["final_norm"] = wanted.pooling != "mean"
+    if content.get("projection"):
+        changes["projection"] = None  # to the joint space of a CLIP
     return changes
 
 
 def _architecture(address: str, weights: Weights, variant: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The transformer's config: what the weights say, within the variant, with the overrides."""
     entry = weights.entry
-    task: Any = weights.config.get("task") or {}
-    recorded = dict(task.get("backbone") or {})
+    recorded = _recorded(weights).get("backbone") or {}
     known = variant or recorded.get("variant") or (entry.variant if entry is not None else None)
     expected = VARIANTS.get(known or "", {})
-    described = {key: value for key, value in recorded.items() if key not in {"name", "weights", "variant"}}
-    if not described:
-        described = _inferred(address, weights, overrides.get("num_heads", expected.get("num_heads")))
-        if entry is not None:
-            described["statistics"] = entry.statistics
+    described = described_backbone(weights, num_heads=overrides.get("num_heads", expected.get("num_heads")))
+    described = {key: value for key, value in described.items() if key not in {"name", "variant"}}
     if variant is not None:
         _check_variant(address, entry, variant, {**expected, **described, **overrides}, overrides)
     return {**expected, **described, "variant": known, **overrides}
 
 
-def _inferred(address: str, weights: Weights, num_heads: int | None) -> dict[str, Any]:
-    try:
-        return infer_vit_config(weights.state_dict, num_heads=num_heads, grid=weights.grid)
-    except ValueError as error:
-        raise ValueError(f"{address}: {error}") from None
+def _recorded(weights: Weights) -> dict[str, Any]:
+    """The task that a run recorded, or nothing."""
+    task: Any = weights.config.get("task")
+    return task if isinstance(task, dict) else {}
 
 
 def _check_variant(
@@ -268,22 +294,16 @@ def _check_variant(
 
 
 def _classifier_in(weights: Weights) -> _Found:
-    state_dict, task = weights.state_dict, weights.config.get("task")
+    state_dict, task = weights.state_dict, _recorded(weights)
     linear = next((n for n in ("classifier.weight", "classifier.1.weight") if n in state_dict), None)
     num_classes = 0 if linear is None else state_dict[linear].shape[0]
     parts = {key.split(".", 1)[0] for key in state_dict}
     pooling: Pooling = "attention" if "attention_pool" in parts else "mean"
     if linear is not None and pooling == "mean" and "fc_norm" not in parts:
         pooling = "cls"
-    if linear is not None and isinstance(task, dict) and "pooling" in task:
+    if linear is not None and "pooling" in task:
         pooling = task["pooling"]
     return _Found(num_classes, pooling, linear == "classifier.1.weight")
-
-
-def _drop_projection(weights: Weights) -> None:
-    """A CLIP tower's projection is stored as `head`, but classifies nothing."""
-    for key in [key for key in weights.state_dict if key.startswith("classifier.")]:
-        del weights.state_dict[key]
 
 
 def _origin(address: str, weights: Weights) -> Origin:
@@ -297,6 +317,79 @@ def _origin(address: str, weights: Weights) -> Origin:
         facts = {"crop_pct": weights.entry.crop_pct, "interpolation": weights.entry.interpolation}
         crop = crop.model_copy(update=facts)
     return Origin(address, weights.entry, weights.config, crop)
+
+
+# ---------------------------------------------------------------------------------------------------------- CLIP
+
+
+def _load_clip(
+    address: str, variant: str | None, overrides: Mapping[str, Any], weights: Weights | None = None
+) -> ClipModel:
+    """Both towers, of the architecture that the weights say, within the variant, with the overrides."""
+    weights = weights or read_weights(model_path(address))
+    if not holds_text(weights.state_dict):
+        raise ValueError(
+            f"weights {address!r} hold no text tower, only {' and '.join(weights.layout.parts)}; for the image tower "
+            f"alone name its variant: create_model({_image_variant(variant)!r}, weights={address!r})"
+        )
+    entry, task, keys = weights.entry, _recorded(weights), _clip_keys(overrides)
+    known = variant or task.get("variant") or (entry.clip if entry is not None else None)
+    expected = None if known is None else validate(ClipConfig, {"variant": known}, where=known)
+    towers = (None, None) if expected is None else (expected.backbone, expected.text)
+    image_heads, text_heads = (
+        keys[name].get("num_heads", getattr(tower, "num_heads", None))
+        for name, tower in zip(("backbone", "text"), towers, strict=True)
+    )
+    content = described_clip(weights, num_heads=image_heads, text_heads=text_heads)
+    if variant is not None and expected is not None:
+        _check_clip_variant(address, entry, expected, content, keys)
+    content = {**content, **keys, **{tower: {**content[tower], **keys[tower]} for tower in ("backbone", "text")}}
+    config = validate(ClipConfig, {"variant": known, **content}, where=address)
+    model = ClipModel(config, bias="logit_bias" in weights.state_dict)
+    report = load_into(model, weights, grid=getattr(config.backbone, "grid", None))
+    _tell_origin(model, model.backbone, address, weights, report)
+    return model
+
+
+def _clip_keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as a CLIP's config has them: those that are not named otherwise are of the image tower."""
+    own = {key: value for key, value in overrides.items() if key in ClipConfig.model_fields}
+    backbone = {key: value for key, value in overrides.items() if key not in own}
+    return {**own, "backbone": {**backbone, **own.get("backbone", {})}, "text": dict(own.get("text", {}))}
+
+
+def _check_clip_variant(
+    address: str,
+    entry: PretrainedWeights | None,
+    expected: ClipConfig,
+    content: Mapping[str, Any],
+    keys: Mapping[str, Any],
+) -> None:
+    """Refuse weights of another pair of towers than the one that was asked for, in one line."""
+    if entry is not None and entry.clip not in {None, expected.variant}:
+        raise ValueError(
+            f"weights {address!r} are of {entry.clip}, not of {expected.variant}; use create_model({entry.clip!r}, "
+            f"weights={address!r})"
+        )
+    wanted = {"backbone": expected.backbone.model_dump(), "text": expected.text.model_dump()}
+    differing = {
+        f"{tower}.{key}": (content[tower].get(key, wanted[tower].get(key)), wanted[tower].get(key))
+        for tower, same in (("backbone", SAME_ARCHITECTURE), ("text", SAME_TEXT_TOWER))
+        for key in same
+        if key not in keys[tower]
+    }
+    differing["embed_dim"] = (content["embed_dim"], keys.get("embed_dim", expected.embed_dim))
+    told = [f"{key} {found} instead of {other}" for key, (found, other) in differing.items() if found != other]
+    if told:
+        raise ValueError(
+            f"weights {address!r} are not of {expected.variant}: {', '.join(told)}; load_checkpoint takes what the file"
+            " says"
+        )
+
+
+def _image_variant(clip: str | None) -> str:
+    """Variant of the image tower of a pair, as far as it has a name."""
+    return str(CLIP_VARIANTS.get(clip or "", {}).get("backbone", {}).get("variant", "eva_g_14"))
 
 
 def _known_variant(name: str) -> None:

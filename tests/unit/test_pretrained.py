@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -15,19 +16,34 @@ import openeva
 from openeva.backbones.base import STATISTICS
 from openeva.backbones.vit import VARIANTS, Config
 from openeva.checkpoints.native import model_path
-from openeva.checkpoints.pretrained import PRETRAINED, TIMM, VARIABLE, PretrainedWeights, find_entry, resolve
+from openeva.checkpoints.pretrained import OPEN_CLIP, PRETRAINED, TIMM, VARIABLE, find_entry, resolve
+from openeva.checkpoints.released import PretrainedWeights
 from openeva.checkpoints.weights import WeightsError
+from openeva.config import validate
 from openeva.heads.classifier import ImageClassifier
+from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel
 from openeva.heads.mae_decoder import MaeDecoder, MaeDecoderConfig
 
 ENTRIES = list(PRETRAINED.values())
+CLIP_224 = ("clip_224.laion400m", "clip_224.merged2b", "clip_224.laion2b", "clip_224.laion2b_plus")
+TEXT_KEYS = {"context_length": "context_length", "vocab_size": "vocab_size", "width": "width", "depth": "layers"}
+TEXT_KEYS["num_heads"] = "heads"
 TIMM_SQUASHES = "timm squashes images into a square for these tags; the official evaluation cuts the centre"
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_the_number_of_parameters_is_that_of_the_model(entry: PretrainedWeights) -> None:
     if entry.num_parameters is None:
-        assert entry.kind == "clip"  # not published, so that nobody knows whether it has its projection
+        assert entry.kind == "clip"
+        assert entry.repository is None or "never seen" in entry.note  # then nobody here knows what is in the file
+        return
+    if entry.clip is not None:
+        with torch.device("meta"):
+            pair = ClipModel(ClipConfig(variant=entry.clip))
+        assert sum(p.numel() for p in pair.parameters()) == entry.num_parameters
+        expected = Config(**{"variant": entry.variant, "image_size": entry.image_size, **entry.overrides})
+        keys = ("image_shape", "patch_size", "width", "depth", "sub_norm", "norm_order", "rope_grid")
+        assert all(getattr(pair.config.backbone, key) == getattr(expected, key) for key in keys)
         return
     backbone: dict = {"variant": entry.variant, "image_size": entry.image_size, **entry.overrides}
     if entry.kind != "mim" and entry.variant == "eva_l_14":
@@ -53,13 +69,14 @@ def test_timm_agrees_or_differs_where_we_say_so(tag: str) -> None:
     assert theirs.license == entry.licence.lower()
     assert theirs.interpolation == entry.interpolation
     assert theirs.input_size[1:] == (entry.image_size, entry.image_size)
-    assert theirs.num_classes == (entry.num_classes or 0)
+    projected = 0 if entry.clip is None else CLIP_VARIANTS[entry.clip]["embed_dim"]
+    assert theirs.num_classes == (entry.num_classes or projected)
     ours = STATISTICS[entry.statistics]
     if "m30m" in tag:
         assert theirs.mean != ours.mean  # every official command uses CLIP's
     else:
         assert (theirs.mean, theirs.std) == (ours.mean, ours.std)
-    if entry.kind == "mim" or tag == "eva_giant_patch14_224.clip_ft_in1k":
+    if entry.kind == "mim" or tag == "eva_giant_patch14_224.clip_ft_in1k" or tag.endswith(CLIP_224):
         assert (theirs.crop_pct, entry.crop_pct) == (0.9, 1.0)
     else:
         assert theirs.crop_pct == entry.crop_pct
@@ -67,8 +84,18 @@ def test_timm_agrees_or_differs_where_we_say_so(tag: str) -> None:
 
 
 def test_every_classifier_of_the_family_in_timm_is_in_the_table() -> None:
-    theirs = {name for name in timm.list_pretrained("eva*") if "_clip_" not in name.split(".")[0]}
-    assert theirs == set(TIMM)
+    assert set(timm.list_pretrained("eva*")) == set(TIMM)
+
+
+def test_every_eva_clip_of_open_clip_is_in_the_table() -> None:
+    theirs = {f"{name}:{tag}" for name, tag in open_clip.list_pretrained() if name.startswith("EVA")}
+    assert theirs == set(OPEN_CLIP)
+    for name, stem in OPEN_CLIP.items():
+        entry, config = PRETRAINED[stem], open_clip.get_model_config(name.split(":")[0])
+        ours = validate(ClipConfig, {"variant": entry.clip}, where=name)
+        assert (config["embed_dim"], config["vision_cfg"]["image_size"]) == (ours.embed_dim, entry.image_size)
+        text = {key: config["text_cfg"][other] for key, other in TEXT_KEYS.items()}
+        assert text == {key: getattr(ours.text, key) for key in TEXT_KEYS}
 
 
 def test_the_facts_are_consistent() -> None:
@@ -76,7 +103,9 @@ def test_the_facts_are_consistent() -> None:
         assert entry.variant in VARIANTS
         assert Path(entry.file).stem == entry.name
         assert bool(entry.num_classes) == (entry.pooling is not None) == (entry.kind in {"in21k", "in1k", "probe"})
-        assert bool(entry.published) == (entry.kind in {"in1k", "probe"})
+        clip = entry.clip is not None and not entry.note.startswith("its file was never seen")
+        assert bool(entry.published) == (entry.kind in {"in1k", "probe"} or clip)
+        assert bool(entry.retrieval) == bool(entry.started_from) == clip
         for accuracy in entry.published.values():
             assert 50 < accuracy.top1 < (accuracy.top5 or 100)
 
@@ -88,6 +117,8 @@ def test_the_facts_are_consistent() -> None:
         ("/some/where/eva_psz14.pt", "eva_psz14"),
         ("eva_giant_patch14_336.m30m_ft_in22k_in1k", "eva_21k_1k_336px_psz14_ema_89p6"),
         ("eva_giant_patch14_336.m30m_ft_in22k_in1k.safetensors", "eva_21k_1k_336px_psz14_ema_89p6"),
+        ("EVA02-B-16:merged2b_s8b_b131k", "EVA02_CLIP_B_psz16_s8B"),
+        ("eva02_base_patch16_clip_224.merged2b", "EVA02_CLIP_B_psz16_s8B"),
     ],
 )
 def test_facts_by_any_name(name: str, stem: str) -> None:
@@ -128,6 +159,7 @@ def touch(path: Path) -> Path:
         ("eva_large_patch14_196.in22k_ft_in1k", "eva_large_patch14_196.in22k_ft_in1k.safetensors"),
         ("eva_large_patch14_196.in22k_ft_in1k", "eva_l_psz14_196px_1k_ft_88p0.bin"),  # the same weights
         ("eva_l_psz14_196px_1k_ft_88p0", "eva_large_patch14_196.in22k_ft_in1k.safetensors"),
+        ("EVA02-B-16:merged2b_s8b_b131k", "EVA02_CLIP_B_psz16_s8B.pt"),
     ],
 )
 def test_the_local_folder_comes_first(folder: Path, name: str, file: str) -> None:
@@ -155,6 +187,24 @@ def test_timms_file_without_mask_token_does_not_stand_for_the_official_one(folde
     touch(folder / "eva02_tiny_patch14_224.mim_in22k.safetensors")
     with pytest.raises(WeightsError, match="eva02_Ti_pt_in21k_p14"):
         resolve("eva02_Ti_pt_in21k_p14")
+
+
+def test_timms_tower_does_not_stand_for_the_whole_clip(folder: Path) -> None:
+    touch(folder / "eva02_base_patch16_clip_224.merged2b.safetensors")
+    with pytest.raises(WeightsError, match="QuanSun/EVA-CLIP"):
+        resolve("EVA02_CLIP_B_psz16_s8B")
+
+
+def test_names_of_open_clip(folder: Path) -> None:
+    """Also of models that are none of EVA's: text towers come from there."""
+    with pytest.raises(WeightsError, match=r"open_clip model ViT-H-14:laion2b_s32b_b79k.*give its path"):
+        resolve("ViT-H-14:laion2b_s32b_b79k")
+    with pytest.raises(WeightsError, match=r"open_clip model EVA02-B-16:merged2b_s8b_b131k"):
+        resolve("EVA02-B-16:merged2b_s8b_b131k")
+    with pytest.raises(WeightsError, match="open_clip has no model 'ViTH-14'; did you mean 'ViT-H-14'"):
+        resolve("ViTH-14:laion2b_s32b_b79k")
+    with pytest.raises(WeightsError, match="ViT-H-14 has no weights 'openai'; it has laion2b_s32b_b79k"):
+        resolve("ViT-H-14:openai")
 
 
 def test_neither_here_nor_reachable_is_one_message_with_the_fix(folder: Path) -> None:

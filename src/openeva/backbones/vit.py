@@ -8,7 +8,6 @@ one matrix, gate and value too (names and layout are translated in `checkpoints/
 recomputed and never stored; attention is fused; images may have any size and shape.
 """
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openeva.backbones.base import STATISTICS, Backbone, Features
-from openeva.checkpoints.detect import infer_vit_config
-from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.load import LoadReport, described_backbone, load_into, read_weights
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
 from openeva.checkpoints.pretrained import find_entry
 from openeva.checkpoints.resize import (
@@ -33,7 +31,13 @@ from openeva.checkpoints.weights import digest_of_file
 from openeva.config import ComponentConfig
 from openeva.layers.attention import Attention, QkvBias
 from openeva.layers.block import Block, NormOrder
-from openeva.layers.init import truncated_normal_, xavier_normal_, xavier_uniform_
+from openeva.layers.init import (
+    init_patches_,
+    init_tokens_,
+    truncated_normal_,
+    xavier_normal_blocks_,
+    xavier_uniform_,
+)
 from openeva.layers.mlp import Mlp, SwiGlu
 from openeva.layers.norm import LayerNorm
 from openeva.layers.patch_embed import PatchEmbed
@@ -192,11 +196,8 @@ class Config(ComponentConfig):
 
 
 def architecture_of(weights: str) -> dict[str, Any]:
-    """Dimensions and switches of the transformer in a model folder or weight file."""
-    found = read_weights(model_path(weights))
-    backbone = dict((found.config.get("task") or {}).get("backbone") or {})  # type: ignore[call-overload,attr-defined]
-    backbone.pop("weights", None)
-    return backbone or infer_vit_config(found.state_dict, grid=found.grid)
+    """Dimensions and switches of the transformer in a model folder or weight file, a CLIP's projection among them."""
+    return described_backbone(read_weights(model_path(weights)))
 
 
 TRAINING_KEYS = (
@@ -262,16 +263,19 @@ class VisionTransformer(Backbone):
 
         "mim": linear and patch kernels, cls, mask and position tables normal with `init_std`, cut at one standard
         deviation. "classifier": the same with 0.02, not cut, but for the patch kernel, which is PyTorch's. Both divide
-        the output projections of block i (from 1) by sqrt(2 i). "xavier": see `xavier_normal_`. "mae":
+        the output projections of block i (from 1) by sqrt(2 i). "xavier": see `xavier_normal_blocks_`. "mae":
         Xavier-uniform matrices, tokens normal with 0.02. Biases are 0; post-norm blocks start as identities (norms at
         0).
         """
+        tokens = (self.cls_token, self.mask_token, self.pos_embed)
         if self.config.init == "xavier":
-            self._init_xavier()
+            xavier_normal_blocks_(self._blocks(), split=self.config.sub_norm != "none")
+            init_patches_(self.patch_embed.proj)
+            init_tokens_(tokens, TOKEN_STD, 1.0)
         elif self.config.init == "mae":
             xavier_uniform_(self.blocks)
-            self._init_patches()
-            self._init_tokens(TOKEN_STD, None)
+            init_patches_(self.patch_embed.proj)
+            init_tokens_(tokens, TOKEN_STD, None)
         else:
             cut = 1.0 if self.config.init == "mim" else None
             std = self.config.init_std if cut else CLASSIFIER_STD
@@ -280,7 +284,7 @@ class VisionTransformer(Backbone):
                     truncated_normal_(module.weight, std, cut)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-            self._init_tokens(std, cut)
+            init_tokens_(tokens, std, cut)
             if not cut:
                 self.patch_embed.proj.reset_parameters()
             for number, block in enumerate(self._blocks(), start=1):
@@ -300,28 +304,6 @@ class VisionTransformer(Backbone):
             truncated_normal_(self.projection.weight, CLASSIFIER_STD, None)
             self.projection.weight.mul_(PROJECTION_SCALE)
             nn.init.zeros_(self.projection.bias)
-
-    def _init_xavier(self) -> None:
-        """As EVA-02's pre-training does: each matrix as the official files store it, larger where there is sub-LN."""
-        split = self.config.sub_norm != "none"
-        factor = math.log(2 * self.config.depth) ** 0.5 if split else 1.0
-        for block in self._blocks():
-            xavier_normal_(block.attn.qkv, (1.0, 1.0, factor) if split else (1.0,))
-            xavier_normal_(block.attn.proj, (factor,))
-            first = block.mlp.w12 if isinstance(block.mlp, SwiGlu) else block.mlp.fc1
-            xavier_normal_(first, (factor, factor) if split and isinstance(block.mlp, SwiGlu) else (factor,))
-            xavier_normal_(block.mlp.last, (factor,))
-        self._init_patches()
-        self._init_tokens(TOKEN_STD, 1.0)
-
-    def _init_patches(self) -> None:
-        self.patch_embed.proj.reset_parameters()  # its bias stays PyTorch's
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-
-    def _init_tokens(self, std: float, cut: float | None) -> None:
-        for token in (self.cls_token, self.mask_token, self.pos_embed):
-            if isinstance(token, nn.Parameter):
-                truncated_normal_(token, std, cut)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

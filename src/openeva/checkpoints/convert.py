@@ -12,23 +12,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openeva.checkpoints.clip import IMAGE, holds_text, to_clip, to_official_file
 from openeva.checkpoints.detect import (
     GATED,
     INDEX_BUFFER,
+    file_style,
     infer_grid,
     infer_vit_config,
     prediction_width,
     unknown_names,
 )
 from openeva.checkpoints.files import StateDict, Wrapper, write_content, write_state_dict
-from openeva.checkpoints.load import PATCH_KERNEL, LoadReport, Weights, adapt, drop_index_buffers, read_weights
+from openeva.checkpoints.load import (
+    PATCH_KERNEL,
+    LoadReport,
+    Weights,
+    adapt,
+    described_clip,
+    drop_index_buffers,
+    read_weights,
+)
 from openeva.checkpoints.native import save_native
-from openeva.checkpoints.official import rope_buffers, to_official
+from openeva.checkpoints.official import rope_buffers
 from openeva.checkpoints.original import ORIGINAL_FILE, Outline, outline_of, read_outline, restore
 from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid
 from openeva.checkpoints.timm import to_timm
 
-To = Literal["openeva", "official", "timm"]
+To = Literal["openeva", "official", "timm", "open_clip"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -44,20 +54,22 @@ def convert(
     patch_size: int | None = None,
     grid: Grid | None = None,
     num_heads: int | None = None,
+    text_heads: int | None = None,
 ) -> LoadReport:
     """Write the weights of `source` in another layout. Without `dtype` and resizing, every tensor keeps its bits.
 
     Args:
-        source: An openeva folder, an official file or a file with timm's names.
+        source: An openeva folder, an official file or a file with timm's or open_clip's names.
         out: A folder for "openeva", else a file; `.safetensors` is written as such.
         to: Wanted layout.
         dtype: Floating point type to cast to; None keeps the file's.
         wrapper: Top-level key of an official PyTorch file; None = as the file was that the weights were converted from,
-            else "model". timm's files have none.
+            else "model". Files for timm and open_clip have none.
         ema: As in `read_weights`.
         patch_size: Resize the patch kernel to this many pixels; positions stay unless `grid` is given too.
         grid: Resize all positions to this grid (rows, columns).
         num_heads: Heads, for the config of an openeva folder, where the weights do not tell.
+        text_heads: Heads of a CLIP's text tower, likewise.
 
     Raises:
         FileNotFoundError: Nothing at `source`.
@@ -77,9 +89,8 @@ def convert(
     if to == "openeva":
         outline = None if changed else _outline(weights, state_dict)
         report.dropped |= dropped if outline is None else {}
-        _write_native(
-            out, state_dict, _native_config(weights, state_dict, to_grid, num_heads, outline), outline, report
-        )
+        config = _native_config(weights, state_dict, to_grid, (num_heads, text_heads), outline)
+        _write_native(out, state_dict, config, outline, report)
         return report
     if not changed and wrapper is None and (outline := _restored(source, out, to, state_dict)) is not None:
         report.kept = dict.fromkeys([*outline.kept(), *outline.beside()], f"from {ORIGINAL_FILE}")
@@ -88,8 +99,11 @@ def convert(
     if to == "timm":
         _write_timm(out, state_dict, report)
         return report
+    if to == "open_clip":
+        write_state_dict(out, to_clip(state_dict, to), "bare")
+        return report
     tables = _rope_tables(weights, state_dict, to_grid, num_heads)
-    write_state_dict(out, to_official(state_dict) | tables, wrapper or "model")
+    write_state_dict(out, to_official_file(state_dict) | tables, wrapper or "model")
     return report
 
 
@@ -118,13 +132,13 @@ def _outline(weights: Weights, state_dict: Mapping[str, Tensor]) -> Outline | No
     """What the weights' own file has beyond them; for an openeva folder, that of the file it was made from."""
     if weights.file is None:
         return read_outline(weights.source)
-    return outline_of(weights.file, state_dict, "timm" if weights.layout.names == "timm" else "official")
+    return outline_of(weights.file, state_dict, file_style(weights.file.state_dict, weights.layout.names))
 
 
 def _restored(source: Path, out: Path, to: To, state_dict: Mapping[str, Tensor]) -> Outline | None:
     """Write the file that an openeva folder was converted from, if that is what is wanted and can be done."""
     outline = read_outline(source) if source.is_dir() else None
-    if outline is None or outline.naming != to or (outline.metadata is not None) != (out.suffix == ".safetensors"):
+    if outline is None or outline.layout != to or (outline.metadata is not None) != (out.suffix == ".safetensors"):
         return None
     content = restore(outline, state_dict)
     if content is None:
@@ -155,13 +169,15 @@ def _native_config(
     weights: Weights,
     state_dict: Mapping[str, Tensor],
     grid: Grid | None,
-    num_heads: int | None,
+    heads: tuple[int | None, int | None],
     outline: Outline | None,
 ) -> dict[str, Any]:
     """What can be said about a model whose training is not known; an openeva source keeps its own config."""
     config: dict[str, Any] = {key: value for key, value in weights.config.items() if key not in ("format", "versions")}
-    task = dict(config.get("task") or {"name": "pretrain"})
-    task["backbone"] = _backbone_config(weights, state_dict, grid, num_heads)
+    task = dict(config.get("task") or {"name": "clip" if holds_text(state_dict) else "pretrain"})
+    if holds_text(state_dict):
+        task = {**task, **described_clip(weights, num_heads=heads[0], text_heads=heads[1])}
+    task["backbone"] = _backbone_config(weights, state_dict, grid, heads[0])
     config["task"] = task
     config.setdefault("target", {"identity": None, "width": prediction_width(state_dict)})
     if weights.file is not None:
@@ -189,7 +205,8 @@ def _backbone_config(
     except ValueError as error:
         raise ValueError(f"{weights.source}: {error}") from None
     if not weights.config:
-        return {"name": "vit", **inferred}
+        known = {} if weights.entry is None else weights.entry.overrides  # such as post-norm, which no shape tells
+        return {"name": "vit", **known, **inferred}
     return {"name": "vit", **recorded, **{key: inferred[key] for key in ("image_size", "patch_size")}}
 
 
@@ -205,7 +222,9 @@ def _rope_tables(
     if GATED not in state_dict:
         return {}
     backbone = _backbone_config(weights, state_dict, grid, num_heads)
-    return rope_buffers(backbone, state_dict[PATCH_KERNEL].dtype)
+    prefix = IMAGE if holds_text(state_dict) else ""
+    tables = rope_buffers(backbone, state_dict[PATCH_KERNEL].dtype)
+    return {prefix + key: table for key, table in tables.items()}
 
 
 def _write_timm(out: Path, state_dict: StateDict, report: LoadReport) -> None:

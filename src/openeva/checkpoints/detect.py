@@ -2,7 +2,7 @@
 
 state dict -> `detect_layout` -> renamed to openeva's names (`to_openeva`) -> `infer_vit_config`
 
-Source: spec sections 1.1, 1.5 and 1.8 of EVA-01, 4.1 and 5 of EVA-02.
+Source: spec sections 1.1, 1.5 and 1.8 of EVA-01, 1.1 of EVA-CLIP, 4.1 and 5 of EVA-02.
 """
 
 import math
@@ -14,16 +14,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openeva.checkpoints.clip import IMAGE, TRUNK, from_clip, is_clip, style_of
 from openeva.checkpoints.files import StateDict
 from openeva.checkpoints.official import from_official
 from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid, square_grid
 from openeva.checkpoints.timm import from_timm, is_timm
 from openeva.layers.rope import THETA
 
-Names = Literal["openeva", "official", "timm"]
+Names = Literal["openeva", "official", "timm", "open_clip"]
 
-NUM_HEADS_OF_WIDTH = {1408: 16, 1280: 16}
-"""Heads of released models whose head width is not 64 (EVA-g: 88, the MAE-style huge one: 80)."""
+NUM_HEADS_OF_WIDTH = {1408: 16, 1280: 16, 1792: 16, 4096: 32, 5120: 40}
+"""Heads of released models whose head width is not 64 (EVA-g: 88, the MAE-style huge one: 80, EVA-02 E: 112, 8B and
+18B: 128)."""
+
+POST_NORM_WIDTH = 1792
+"""Width that only EVA-02 E has, the one released model with post-norm blocks."""
 
 HEAD_WIDTH = 64
 """Head width of all other released models."""
@@ -41,8 +46,15 @@ MIN_ROPE_LENGTH = 2
 """Patches per axis that a rotary table must have to tell the angle between two of them."""
 
 _KNOWN = re.compile(
-    r"""backbone\.(
+    r"""logit_(scale|bias) | projection\.(weight|bias)
+    | text\.(
+        token_embedding\.weight | positional_embedding | text_projection | ln_final\.(weight|bias)
+        | transformer\.resblocks\.\d+\.(
+            ln_[12]\.(weight|bias) | attn\.(in_proj_(weight|bias) | out_proj\.(weight|bias))
+            | mlp\.(c_fc|c_proj)\.(weight|bias)))
+    | backbone\.(
         cls_token | mask_token | pos_embed | patch_embed\.proj\.(weight|bias) | norm\.(weight|bias)
+        | projection\.(weight|bias)
         | relative_position\.relative_position_(bias_table|bias_for_high|bias_for_width)
         | blocks\.\d+\.(
             norm[12]\.(weight|bias) | gamma_[12]
@@ -62,7 +74,8 @@ class Layout:
 
     Attributes:
         names: Whose names they are. timm's names are the official ones, except for the layer scale of its
-            `VisionTransformer` and some of EVA-02; only a file with one of these counts as "timm".
+            `VisionTransformer` and some of EVA-02; only a file with one of these counts as "timm". open_clip puts
+            its own names around them.
         parts: Which of openeva's parts are there, such as `("backbone", "head")`; see `official.py`.
     """
 
@@ -79,25 +92,54 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> Layout:
     Raises:
         ValueError: Not a plain vision transformer in a known layout; the message says what was looked for and found.
     """
-    names: Names
-    if any(key.startswith("backbone.") for key in state_dict):
-        names = "openeva"
-    else:
-        names = "timm" if is_timm(state_dict) else "official"
-    prefix = "backbone." if names == "openeva" else ""
+    names, prefix = _names_of(state_dict)
     attention = [f"blocks.0.attn.{name}.weight" for name in ("qkv", "q_proj")]
     mlp = [f"blocks.0.mlp.{name}.weight" for name in ("fc1", "w12", "w1", "fc1_g")]
     for needed in (["patch_embed.proj.weight"], attention, mlp):
         if not any(prefix + name in state_dict for name in needed):
-            found = ", ".join(list(state_dict)[:4])
-            raise ValueError(
-                f"not a vision transformer in a known layout: {prefix + needed[0]} is missing (found {found}, ...); "
-                "known are openeva's own files, official EVA-01 and EVA-02 files, and timm's Eva and VisionTransformer"
-            )
+            raise ValueError(_unknown_layout(state_dict, prefix + needed[0]))
     shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in state_dict.items()}
-    parts = {key.split(".", 1)[0] for key in _rename(shapes, names)}
-    order = ("backbone", "head", "fc_norm", "classifier", "decoder")
+    return layout_of(_rename(shapes, names), names)
+
+
+def layout_of(state_dict: Mapping[str, Tensor], names: Names) -> Layout:
+    """The layout of weights that have openeva's names now.
+
+    Args:
+        state_dict: Weights with openeva's names.
+        names: Whose they were.
+    """
+    parts = {key.split(".", 1)[0] for key in state_dict}
+    order = ("backbone", "text", "head", "fc_norm", "classifier", "decoder")
     return Layout(names, tuple(part for part in order if part in parts) + tuple(sorted(parts - set(order))))
+
+
+def file_style(state_dict: Mapping[str, Tensor], names: Names) -> str:
+    """How the names of a file are made of openeva's, for `original.py`."""
+    return style_of(state_dict) if is_clip(state_dict) else "timm" if names == "timm" else "official"
+
+
+def _names_of(state_dict: Mapping[str, Tensor]) -> tuple[Names, str]:
+    """(whose names, what stands in front of those of the image tower)."""
+    if any(key.startswith("backbone.") for key in state_dict):
+        return "openeva", "backbone."
+    if is_clip(state_dict):
+        return ("open_clip", TRUNK) if any(key.startswith(TRUNK) for key in state_dict) else ("official", IMAGE)
+    return ("timm" if is_timm(state_dict) else "official"), ""
+
+
+def _unknown_layout(state_dict: Mapping[str, Tensor], missing: str) -> str:
+    if f"{IMAGE}proj" in state_dict or f"{IMAGE}attnpool.c_proj.weight" in state_dict:
+        return (
+            "this is a CLIP whose image tower has OpenAI's architecture, which is none of EVA's; use it as a teacher "
+            "with {name: open_clip, pretrained: FILE}, or its text tower with task.init_text"
+        )
+    found = ", ".join(list(state_dict)[:4])
+    return (
+        f"not a vision transformer in a known layout: {missing} is missing (found {found}, ...); known are openeva's "
+        "own files, official files of EVA-01, EVA-02 and EVA-CLIP, open_clip's of EVA-CLIP, and timm's Eva and "
+        "VisionTransformer"
+    )
 
 
 def to_openeva(state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -125,8 +167,9 @@ def infer_vit_config(
 ) -> dict[str, Any]:
     """Read the architecture off the shapes, as keyword arguments for the `Config` of `backbones/vit.py`.
 
-    Not in any shape, so left at the config's defaults: pre- or post-norm, epsilon, dropout, and the initial layer scale
-    (its value here only says that there is one).
+    Not in any shape, so left at the config's defaults: epsilon, dropout, and the initial layer scale (its value here
+    only says that there is one). Nor is pre- or post-norm: blocks are taken to be pre-norm, but for the width that only
+    EVA-02 E has.
 
     Args:
         state_dict: Weights with openeva's names.
@@ -170,6 +213,10 @@ def infer_vit_config(
         config["rope_grid"] = _rope_grid(state_dict) or ROPE_GRID
     if "blocks.0.mlp.norm.weight" in shapes:
         config["sub_norm"] = "mlp_attention" if "blocks.0.attn.norm.weight" in shapes else "mlp"
+    if width == POST_NORM_WIDTH:
+        config["norm_order"] = "post"
+    if "projection.weight" in shapes:
+        config["projection"] = shapes["projection.weight"][0]
     if inner != width:
         config["head_width"] = inner // num_heads
     if "blocks.0.gamma_1" in shapes:
@@ -203,6 +250,8 @@ def joint_table_grid(rows: int) -> Grid | None:
 def _rename(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
     if names == "openeva":
         return dict(state_dict)
+    if is_clip(state_dict):
+        return from_clip(state_dict)
     return from_timm(state_dict) if names == "timm" else from_official(state_dict)
 
 

@@ -16,11 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openeva.checkpoints.clip import TEXT, as_projection, infer_text_config
 from openeva.checkpoints.delta import DELTA, Base, Delta, complete
-from openeva.checkpoints.detect import INDEX_BUFFER, Layout, detect_layout, infer_grid, to_openeva
+from openeva.checkpoints.detect import (
+    INDEX_BUFFER,
+    Layout,
+    detect_layout,
+    infer_grid,
+    infer_vit_config,
+    layout_of,
+    to_openeva,
+)
 from openeva.checkpoints.files import EMA_WRAPPER, StateDict, WeightFile, read_weight_file
 from openeva.checkpoints.native import WEIGHTS_FILE, native_grid, read_native
-from openeva.checkpoints.pretrained import PretrainedWeights, find_entry
+from openeva.checkpoints.pretrained import find_entry
+from openeva.checkpoints.released import PretrainedWeights
 from openeva.checkpoints.resize import (
     Grid,
     resize_decoupled_relative_position_table,
@@ -37,10 +47,15 @@ CLASSIFIER = "classifier."
 DROPPABLE = {
     "backbone.mask_token": "the model has no mask token",
     "backbone.norm.": "the model has no final norm",
+    "backbone.projection.": "the model has no projection to the joint space of images and texts",
+    "projection.": "the model has no projection to the joint space of images and texts",
     "head.": "the model has no prediction head",
     "fc_norm.": "the model has no norm after pooling",
     CLASSIFIER: "the model has no classifier",
     "decoder.": "the model has no decoder",
+    TEXT: "the model has no text tower",
+    "logit_scale": "the model compares no images with texts",
+    "logit_bias": "the model adds no bias to its similarities",
 }
 """Start of a name that a file may hold and the model may lack -> why it is dropped then."""
 
@@ -152,7 +167,55 @@ def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
     state_dict = to_openeva(state_dict)
     if file is not None and entry is not None and entry.kind == "mim" and "backbone.norm.weight" not in state_dict:
         state_dict, moved = _norm_back(state_dict)
+    if entry is not None and entry.kind == "clip":  # a tower alone, whose names do not tell what its head is
+        state_dict = as_projection(state_dict)
+        layout = layout_of(state_dict, layout.names)
     return Weights(state_dict, layout, path, native_grid(config), config, file, entry, moved)
+
+
+def described_backbone(weights: Weights, *, num_heads: int | None = None) -> dict[str, Any]:
+    """Config of the transformer in weights: what a run recorded, else what shapes and the table of released ones tell.
+
+    Args:
+        weights: From `read_weights`.
+        num_heads: Heads, where nothing is recorded and the shapes do not tell.
+
+    Raises:
+        ValueError: Heads or grid cannot be told.
+    """
+    task: Any = weights.config.get("task") or {}
+    recorded = dict(task.get("backbone") or {})
+    if recorded:
+        return {key: value for key, value in recorded.items() if key != "weights"}
+    try:
+        inferred = infer_vit_config(weights.state_dict, num_heads=num_heads, grid=weights.grid)
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    entry = weights.entry
+    return inferred if entry is None else {**entry.overrides, **inferred, "statistics": entry.statistics}
+
+
+def described_clip(weights: Weights, *, num_heads: int | None = None, text_heads: int | None = None) -> dict[str, Any]:
+    """Config of both towers in weights that hold a text tower, as keyword arguments for `ClipConfig`.
+
+    Args:
+        weights: From `read_weights`.
+        num_heads: As in `described_backbone`.
+        text_heads: Heads of the text tower, where nothing is recorded and they are not of 64 channels.
+
+    Raises:
+        ValueError: As in `described_backbone`, or the text tower is not whole or its heads cannot be told.
+    """
+    task: Any = weights.config.get("task") or {}
+    try:
+        text = task.get("text") or infer_text_config(weights.state_dict, num_heads=text_heads)
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    return {
+        "embed_dim": task.get("embed_dim") or weights.state_dict["text.text_projection"].shape[1],
+        "backbone": {"name": "vit", **described_backbone(weights, num_heads=num_heads)},
+        "text": dict(text),
+    }
 
 
 def _entry_of(path: Path) -> PretrainedWeights | None:
@@ -364,8 +427,8 @@ def _resize_table(key: str, table: Tensor, given: Grid, grid: Grid) -> Tensor:
 
 
 def _account_for_surplus(key: str, tensor: Tensor, expected: Mapping[str, Tensor], report: LoadReport) -> list[str]:
-    why = next((why for start, why in DROPPABLE.items() if key.startswith(start)), None)
-    if why is None:
+    start, why = next(((start, why) for start, why in DROPPABLE.items() if key.startswith(start)), ("", None))
+    if why is None or (start == TEXT and any(name.startswith(TEXT) for name in expected)):
         return [f"{key} {_shape(tensor)} has no place in the model{did_you_mean(key, list(expected))}"]
     if key.startswith(CLASSIFIER) and any(name.startswith(CLASSIFIER) for name in expected):
         why = "the model's classifier is of another kind"
@@ -392,7 +455,7 @@ def _grouped(entries: Mapping[str, str]) -> list[str]:
     """One text per entry; names that differ in the block number only, with the same remark, become one."""
     groups: dict[tuple[str, str], list[str]] = {}
     for key, remark in entries.items():
-        groups.setdefault((re.sub(r"\bblocks\.\d+\.", "blocks.*.", key), remark), []).append(key)
+        groups.setdefault((re.sub(r"blocks\.\d+\.", "blocks.*.", key), remark), []).append(key)
     texts = []
     for (pattern, remark), keys in groups.items():
         name = keys[0] if len(keys) == 1 else f"{pattern} ({len(keys)} tensors)"

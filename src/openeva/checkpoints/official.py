@@ -5,7 +5,8 @@
 Only one thing is more than renaming: official models with sub-LN (`mlp.ffn_ln`: base and large EVA-02) store q, k and
 v, and gate and value of SwiGLU, as matrices of their own. They are stacked on reading and divided again on writing.
 
-openeva's parts: `backbone` (the transformer), `head` (prediction of teacher features), `fc_norm` and `classifier` (the
+openeva's parts: `backbone` (the transformer; `backbone.projection`, the `head` of a CLIP tower, is told from a
+classifier in `clip.py`), `head` (prediction of teacher features), `fc_norm` and `classifier` (the
 official `fc_norm` and `head` of fine-tuned models), `decoder` (the official `decoder_*` of MAE-style pre-training, with
 its mask token).
 
@@ -45,6 +46,7 @@ _TO_OFFICIAL: Rules = (
     (r"^classifier\.", "head."),
     (r"^decoder\.mask_token$", "mask_token"),
     (r"^decoder\.", "decoder_"),
+    (r"^backbone\.projection\.", "head."),
     (r"^backbone\.relative_position\.", "rel_pos_bias."),
     (r"^backbone\.(blocks\.\d+\.attn\.)position_bias\.(relative_position_(?:bias_table|index))$", r"\1\2"),
     (r"^backbone\.(blocks\.\d+\.attn\.)position_bias\.", r"\1rel_pos_bias."),

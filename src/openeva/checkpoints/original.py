@@ -12,23 +12,25 @@ Source: spec section 1.8 (wrappers, arguments, buffers); nothing about a file is
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from openeva.checkpoints.clip import STYLES, to_clip, to_official_file
 from openeva.checkpoints.files import StateDict, WeightFile, read_torch, write_atomically
-from openeva.checkpoints.official import to_official
 from openeva.checkpoints.timm import to_timm
 
 ORIGINAL_FILE = "original.pt"
 
-Naming = Literal["official", "timm"]
-_NAMINGS: dict[Naming, Callable[[Mapping[str, Tensor]], StateDict]] = {
-    "official": to_official,
+_NAMINGS: dict[str, Callable[[Mapping[str, Tensor]], StateDict]] = {
+    **{style: partial(to_clip, style=style) for style in STYLES},
+    "official": to_official_file,
     "timm": lambda state_dict: to_timm(state_dict)[0],
 }
+"""How a file's names are made of openeva's: a layout, and for a CLIP where its parts are."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Outline:
     """A file without the weights that openeva's names give back.
 
     Attributes:
-        naming: How openeva's weights must be named to fill it.
+        naming: How openeva's weights must be named to fill it: "official", "timm", or a style of `clip.py`.
         content: The file's content; a weight that was taken out is None.
         keys: Top-level keys that lead to the weights.
         prefix: In front of every name.
@@ -44,12 +46,17 @@ class Outline:
         unused: Names that openeva's weights have but the file has not.
     """
 
-    naming: Naming
+    naming: str
     content: Any
     keys: tuple[str, ...]
     prefix: str
     metadata: dict[str, str] | None
     unused: tuple[str, ...]
+
+    @property
+    def layout(self) -> str:
+        """The layout in the sense of `openeva convert --to`."""
+        return self.naming.partition("/")[0]
 
     def save(self, folder: Path) -> None:
         """Write it into a model's folder."""
@@ -65,7 +72,7 @@ class Outline:
         return [str(key) for key in self.content if key not in self.keys[:1]] if self.keys else []
 
 
-def outline_of(file: WeightFile, state_dict: Mapping[str, Tensor], naming: Naming) -> Outline:
+def outline_of(file: WeightFile, state_dict: Mapping[str, Tensor], naming: str) -> Outline:
     """Take out of a file's content what `state_dict` (openeva's names) gives back."""
     renamed = _NAMINGS[naming](state_dict)
     weights = copy.copy(_at(file.content, file.keys))  # its own type, with what else hangs on it

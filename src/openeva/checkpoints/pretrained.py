@@ -1,10 +1,11 @@
-"""Every official EVA-01, EVA-L and EVA-02 image checkpoint by name: what it is, and where it is found.
+"""Every official EVA-01, EVA-L, EVA-02 and EVA-CLIP checkpoint by name: what it is, and where it is found.
 
 name -> `find_entry` -> facts; name or path -> `resolve` -> file: `OPENEVA_WEIGHTS` first, then the hub
 
-A name is the stem of the official file ("eva_21k_1k_336px_psz14_ema_89p6") or timm's `model.tag`
-("eva_giant_patch14_336.m30m_ft_in22k_in1k"), which stands for the same weights in timm's own repository. What no source
-says is None or left out, not guessed.
+A name is the stem of the official file ("eva_21k_1k_336px_psz14_ema_89p6"), timm's `model.tag`
+("eva_giant_patch14_336.m30m_ft_in22k_in1k"), which stands for the same weights (of a CLIP: its image tower) in timm's
+own repository, or open_clip's "name:tag" ("EVA02-B-16:merged2b_s8b_b131k"). What no source says is None or left out,
+not guessed. The rows of EVA-CLIP are in `released_clip.py`.
 
 Source: specs of EVA-01 (sections 1.1, 6 and 7: recipes and published accuracies) and EVA-02 (sections 4.1, 4.6, 4.7 and
 5.3), comments and registry of timm 1.0.31. timm differs in three facts, kept as the official code has them here:
@@ -13,12 +14,20 @@ statistics of the two `m30m` models (timm: ImageNet's), `crop_pct` of EVA-CLIP 2
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from openeva.checkpoints.weights import WeightsError, fetch, find_weights, is_file_address
+from openeva.checkpoints.released import LAION, Accuracy, Kind, PretrainedWeights
+from openeva.checkpoints.released_clip import CLIPS
+from openeva.checkpoints.weights import (
+    WeightsError,
+    fetch,
+    fetch_open_clip,
+    find_weights,
+    is_file_address,
+    split_open_clip_name,
+)
 from openeva.registry import did_you_mean
 
 VARIABLE = "OPENEVA_WEIGHTS"
@@ -27,96 +36,8 @@ MODEL_FILE = "model.safetensors"
 """What openeva's model folders and timm's repositories call their weights."""
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
-EVA, EVA_02 = "BAAI/EVA", "Yuxin-CV/EVA-02"
+EVA_02 = "Yuxin-CV/EVA-02"
 OPENAI_L, EVA_CLIP_G = "OpenAI CLIP ViT-L/14", "EVA-CLIP g/14"
-
-Kind = Literal["mim", "in21k", "in1k", "probe", "clip"]
-"""What the weights are: pre-trained; fine-tuned on ImageNet-21K or -1K; a linear probe; a CLIP image tower."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A published accuracy, in percent.
-
-    Attributes:
-        top1: Share of images whose first answer is right.
-        top5: Share of images with the right answer among five; None where it was not published.
-    """
-
-    top1: float
-    top5: float | None = None
-
-
-Published = Mapping[str, Accuracy]
-"""Benchmark -> accuracy. Benchmarks: imagenet_1k, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch,
-objectnet."""
-
-
-@dataclass(frozen=True)
-class PretrainedWeights:
-    """What is known about a released weight file.
-
-    Attributes:
-        name: Stem of the official file.
-        kind: What the weights are.
-        variant: Architecture, a name in `VARIANTS` of `backbones/vit.py`.
-        image_size: Pixels of the side.
-        num_parameters: Of the model in the file, its head included, fixed tables excluded; None where not known.
-        data: Data sets, in the order of training.
-        teacher: Whose features masked pre-training predicted.
-        file: Official file within `repository`.
-        repository: On the Hugging Face hub; None where the file is not published.
-        timm: timm's names for the same weights.
-        overrides: Keys of the architecture that differ from the variant.
-        num_classes: Of the classifier; None without one.
-        predict_width: Channels that the pre-training head predicts; None without one.
-        pooling: In front of the classifier; None without one.
-        batch_norm: A batch norm stands in front of the linear layer.
-        averaged: The published accuracy is that of the averaged weights, under `model_ema` where a file has both.
-        published: Accuracies by benchmark, of the official README or log.
-        statistics: Mean and deviation of the input, by name.
-        crop_pct: Share of the resized shorter side that the evaluation crop keeps.
-        interpolation: Of the evaluation.
-        licence: Of the weights.
-    """
-
-    name: str
-    kind: Kind
-    variant: str
-    image_size: int
-    num_parameters: int | None
-    data: str
-    teacher: str
-    file: str
-    repository: str | None = EVA
-    timm: tuple[str, ...] = ()
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None
-    predict_width: int | None = None
-    pooling: Literal["mean", "cls"] | None = None
-    batch_norm: bool = False
-    averaged: bool = False
-    published: Published = field(default_factory=dict)
-    statistics: Literal["clip", "imagenet", "half"] = "clip"
-    crop_pct: float = 1.0
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    licence: str | None = "MIT"
-
-    @property
-    def source(self) -> str:
-        """Where the file is, for people."""
-        return f"{self.repository}: {self.file}" if self.repository else "not published; give a local file"
-
-    @property
-    def task(self) -> str:
-        """What they can do, for people."""
-        return {
-            "mim": "pre-trained",
-            "in21k": "IN-21K",
-            "in1k": "IN-1K",
-            "probe": "IN-1K probe",
-            "clip": "CLIP tower",
-        }[self.kind]
 
 
 def _in1k(top1: float, top5: float | None = None, **others: Accuracy) -> dict[str, Accuracy]:
@@ -139,7 +60,6 @@ _ROBUST_B02 = {
 }  # fmt: skip
 
 MERGED_30M, IN21K, IN1K, MERGED_38M = "Merged-30M", "ImageNet-21K", "ImageNet-1K", "Merged-38M"
-LAION = "LAION-400M"
 
 
 def _mim(name: str, variant: str, num_parameters: int, data: str, teacher: str, **facts: Any) -> PretrainedWeights:
@@ -286,17 +206,22 @@ _EVA_02 = (
     ),
 )  # fmt: skip
 
-PRETRAINED: dict[str, PretrainedWeights] = {entry.name: entry for entry in (*_EVA_01, *_EVA_02)}
+PRETRAINED: dict[str, PretrainedWeights] = {entry.name: entry for entry in (*_EVA_01, *_EVA_02, *CLIPS)}
 """All of them, by the stem of the official file."""
 
 TIMM: dict[str, str] = {tag: entry.name for entry in PRETRAINED.values() for tag in entry.timm}
 """timm's `model.tag` -> name in `PRETRAINED`."""
 
+OPEN_CLIP: dict[str, str] = {entry.open_clip: entry.name for entry in PRETRAINED.values() if entry.open_clip}
+"""open_clip's "name:tag" -> name in `PRETRAINED`."""
+
+_OTHERS = {**TIMM, **OPEN_CLIP}
+
 
 def find_entry(name: str) -> PretrainedWeights | None:
-    """The facts about weights named by an official stem (a file name or path will do) or by timm; None if unknown."""
+    """The facts about weights named by an official stem (a file name or path will do), timm or open_clip, or None."""
     known = known_name(Path(name).name)
-    return None if known is None else PRETRAINED[TIMM.get(known, known)]
+    return None if known is None else PRETRAINED[_OTHERS.get(known, known)]
 
 
 def resolve(weights: str) -> Path:
@@ -304,7 +229,7 @@ def resolve(weights: str) -> Path:
 
     Args:
         weights: A path; `package:NAME/GLOB`; an official stem or timm's `model.tag`, which is looked for in the folders
-            of `OPENEVA_WEIGHTS` and then on the hub.
+            of `OPENEVA_WEIGHTS` and then on the hub; or open_clip's "name:tag" of any of its models.
 
     Raises:
         WeightsError: No such file or name, or neither here nor reachable.
@@ -317,13 +242,15 @@ def resolve(weights: str) -> Path:
         return find_weights(weights)
     if (known := known_name(weights)) is not None:
         return _find_known(known)
+    if (other := split_open_clip_name(weights)) is not None:
+        return fetch_open_clip(*other)
     if path.is_dir():
         raise WeightsError(f"weights {weights!r}: the folder holds no {MODEL_FILE} (nor model/{MODEL_FILE})")
     if is_file_address(weights):
         return find_weights(weights)
     raise WeightsError(
-        f"unknown weights {weights!r}{did_you_mean(weights, [*PRETRAINED, *TIMM])}; `openeva list --weights` shows all"
-        " names; a path to a file, a run or a model folder is taken too"
+        f"unknown weights {weights!r}{did_you_mean(weights, [*PRETRAINED, *_OTHERS])}; `openeva list --weights` shows"
+        " all names; a path to a file, a run or a model folder is taken too"
     )
 
 
@@ -332,7 +259,9 @@ def _find_known(name: str) -> Path:
     found = find_local(name)
     if found is not None:
         return found
-    entry, (repository, file) = PRETRAINED[TIMM.get(name, name)], hub_place(name)
+    if name in OPEN_CLIP:
+        return fetch_open_clip(*name.split(":"))
+    entry, (repository, file) = PRETRAINED[_OTHERS.get(name, name)], hub_place(name)
     looked = f"{VARIABLE} ({', '.join(map(str, _folders()))})" if _folders() else f"{VARIABLE} (not set)"
     if repository is None:
         raise WeightsError(
@@ -363,13 +292,15 @@ def find_local(name: str) -> Path | None:
     missing = [str(folder) for folder in _folders() if not folder.is_dir()]
     if missing:
         raise WeightsError(f"{VARIABLE} names folders that do not exist: {', '.join(missing)}")
-    candidates = _candidates(name, PRETRAINED[TIMM.get(name, name)], _folders())
+    candidates = _candidates(name, PRETRAINED[_OTHERS.get(name, name)], _folders())
     return next((path for path in candidates if path.is_file() or (path / MODEL_FILE).is_file()), None)
 
 
 def hub_place(name: str) -> tuple[str | None, str]:
     """(repository, file) of a name of this table; no repository where the file is not published."""
-    entry = PRETRAINED[TIMM.get(name, name)]
+    entry = PRETRAINED[_OTHERS.get(name, name)]
+    if name in OPEN_CLIP:
+        return f"open_clip, {name}", "whatever it calls it"
     return (f"timm/{name}", MODEL_FILE) if name in TIMM else (entry.repository, entry.file)
 
 
@@ -377,7 +308,7 @@ def known_name(weights: str) -> str | None:
     """The name in this table that an address stands for (an ending such as ".pt" is ignored); None if there is none."""
     suffix = Path(weights).suffix
     name = weights.removesuffix(suffix) if suffix in SUFFIXES else weights
-    return name if name in PRETRAINED or name in TIMM else None
+    return name if name in PRETRAINED or name in _OTHERS else None
 
 
 def _folders() -> list[Path]:
@@ -387,9 +318,10 @@ def _folders() -> list[Path]:
 def _candidates(name: str, entry: PretrainedWeights, folders: list[Path]) -> Iterator[Path]:
     """Places of a file: under the name that was asked for, then under others for the same weights.
 
-    timm's files of pre-trained models lack mask token and head, so they do not stand for the official ones.
+    timm's files of pre-trained models lack mask token and head, those of a CLIP the text tower, so they do not stand
+    for the official ones.
     """
-    others = [entry.name, *(entry.timm if entry.kind != "mim" else ())]
+    others = [entry.name, *(entry.timm if entry.kind not in {"mim", "clip"} else ())]
     for folder in folders:
         for known in dict.fromkeys([name, *others]):
             yield folder / known

@@ -43,6 +43,9 @@ DROPPED = {
     "backbone.mask_token": "timm's model has no mask token",
     "head.": "timm's model has no prediction head",
     "decoder.": "timm's model has no decoder",
+    "text.": "timm's model is the image tower alone",
+    "logit_scale": "timm's model is the image tower alone",
+    "logit_bias": "timm's model is the image tower alone",
 }
 """Start of an openeva name -> why timm's model cannot hold it."""
 

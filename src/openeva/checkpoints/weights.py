@@ -11,12 +11,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from torch import nn
 
 from openeva.config import ConfigError
+from openeva.registry import did_you_mean
 
 Result = TypeVar("Result")
 
@@ -80,6 +81,36 @@ def digest_of_weights(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def split_open_clip_name(weights: str) -> tuple[str, str] | None:
+    """(model, tag) of open_clip's "name:tag" such as "ViT-H-14:laion2b_s32b_b79k"; None for any other address."""
+    name, colon, tag = weights.partition(":")
+    if not colon or name == "package" or is_file_address(weights) or "/" in weights:
+        return None
+    return name, tag
+
+
+def fetch_open_clip(name: str, tag: str) -> Path:
+    """Weight file of one of open_clip's pretrained models, from its cache or its place on the net.
+
+    Raises:
+        WeightsError: open_clip knows no such model or tag, or the file is neither cached nor reachable.
+    """
+    import open_clip  # slow to import, and most runs need none of its files
+
+    config: Any = open_clip.get_pretrained_cfg(name, tag)
+    if not config:
+        known = open_clip.list_models()
+        if name not in known:
+            raise WeightsError(f"open_clip has no model {name!r}{did_you_mean(name, known)}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise WeightsError(f"open_clip's {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}")
+    return fetch(
+        lambda: Path(open_clip.download_pretrained(config)),
+        f"open_clip model {name}:{tag}",
+        f"download the file elsewhere ({config.get('url') or 'hf-hub:' + config.get('hf_hub', '')}) and give its path",
+    )
 
 
 def fetch(load: Callable[[], Result], name: str, fix: str) -> Result:

@@ -27,6 +27,7 @@ from openeva.data.views import normalise
 from openeva.engine.distributed import start
 from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
 from openeva.heads.classifier import ImageClassifier
+from openeva.heads.clip import ClipModel
 from openeva.inference.classes import ClassNames, class_names
 from openeva.inference.inputs import FoundImage, ImageError, ImageInput, find_images
 from openeva.inference.maps import MAPS, MapKind
@@ -299,7 +300,7 @@ def checked(predictions: Iterable[Prediction], on_error: Literal["raise", "retur
 
 
 def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None) -> ImageClassifier | Backbone:
-    """The model of an address, or the one that is given.
+    """The model of an address (of a CLIP its image tower), or the one that is given.
 
     Raises:
         ConfigError: The weights are unknown or out of reach.
@@ -310,7 +311,8 @@ def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None
             raise ValueError("image_size is for weights that are loaded here; build the model with it instead")
         return weights
     overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
-    return load_checkpoint(str(weights), **overrides)
+    model = load_checkpoint(str(weights), **overrides)
+    return model.backbone if isinstance(model, ClipModel) else model
 
 
 def backbone_of(model: nn.Module) -> Backbone:

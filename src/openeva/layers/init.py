@@ -3,7 +3,13 @@
 Source: spec section 1.6 of EVA-01 and 4.3 of EVA-02.
 """
 
+import math
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor, nn
+
+from openeva.layers.block import Block
+from openeva.layers.mlp import SwiGlu
 
 
 def truncated_normal_(tensor: Tensor, std: float, cut: float | None) -> None:
@@ -33,3 +39,33 @@ def xavier_uniform_(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def xavier_normal_blocks_(blocks: Sequence[Block], *, split: bool) -> None:
+    """Fill the linear layers of all blocks as EVA-02's pre-training does: each matrix as the official files store it.
+
+    Args:
+        blocks: Of the whole depth, which scales what sub-LN follows.
+        split: They have sub-LN, and are stored with q, k and v, gate and value apart.
+    """
+    factor = math.log(2 * len(blocks)) ** 0.5 if split else 1.0
+    for block in blocks:
+        xavier_normal_(block.attn.qkv, (1.0, 1.0, factor) if split else (1.0,))
+        xavier_normal_(block.attn.proj, (factor,))
+        gated = isinstance(block.mlp, SwiGlu)
+        first = block.mlp.w12 if isinstance(block.mlp, SwiGlu) else block.mlp.fc1
+        xavier_normal_(first, (factor, factor) if split and gated else (factor,))
+        xavier_normal_(block.mlp.last, (factor,))
+
+
+def init_patches_(kernel: nn.Conv2d) -> None:
+    """Fill the patch kernel, seen as one matrix, with Xavier-uniform values; its bias stays PyTorch's."""
+    kernel.reset_parameters()
+    nn.init.xavier_uniform_(kernel.weight.flatten(1))
+
+
+def init_tokens_(tokens: Iterable[Tensor | None], std: float, cut: float | None) -> None:
+    """Fill the tokens and tables that are learned; fixed ones stay."""
+    for token in tokens:
+        if isinstance(token, nn.Parameter):
+            truncated_normal_(token, std, cut)
