@@ -51,6 +51,20 @@ def _list_of_images(folder: Path) -> dict[str, Any]:
     return {"file": file}
 
 
+def _captioned_images(folder: Path) -> dict[str, Any]:
+    _folder_of_images(folder)
+    file = folder / "captions.csv"
+    file.write_text("".join(f"{p.relative_to(folder)},image {p.stem}\n" for p in sorted(folder.rglob("*.png"))))
+    return {"file": file}
+
+
+def _texts_beside_images(folder: Path) -> dict[str, Any]:
+    _folder_of_images(folder)
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"image {path.stem}")
+    return {"root": folder}
+
+
 def _shards(folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for shard in range(2):
@@ -80,6 +94,8 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
     ("task", "classify"): {"backbone": VIT, "num_classes": 8},
     ("eval", "linear_probe"): {"folds": 2, "max_iterations": 20},
     ("eval", "robustness"): lambda folder: {"roots": write_sets(folder), "allow_incomplete": True, "num_workers": 0},
+    ("source", "captions"): _captioned_images,
+    ("source", "captions+texts beside images"): _texts_beside_images,
     ("source", "image_folder"): _folder_of_images,
     ("source", "imagenet"): lambda folder: {"set": "v2", "root": write_sets(folder) / V2_FOLDER},
     ("source", "imagenet+objectnet"): lambda folder: {

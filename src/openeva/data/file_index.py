@@ -408,7 +408,7 @@ def open_or_build(
     index = None if reindex is True else _usable(path, reindex)
     if index is not None:
         return index
-    with _locked(path):
+    with locked(path):
         # another process may have built it meanwhile
         with suppress(OSError, ValueError):
             index = FileIndex(path)
@@ -452,7 +452,8 @@ def _usable(path: Path, reindex: bool | Literal["auto"]) -> FileIndex | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Of several processes on a machine, only one at a time is inside for this path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("wb") as file:
         with suppress(OSError):  # file systems without locks: every process scans, the last rename wins, all are equal

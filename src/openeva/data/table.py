@@ -13,7 +13,9 @@ from pathlib import Path
 from openeva.data.file_index import IMAGE_EXTENSIONS
 from openeva.registry import did_you_mean
 
-PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
+PATH_NAMES = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name", "img",
+)  # fmt: skip
 """What a column of paths may be called."""
 SHOWN = 10
 """So many problems of a kind are told."""
