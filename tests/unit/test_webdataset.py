@@ -12,12 +12,19 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
+from PIL import Image
 
-from openeva.config import ConfigError
+from openeva.config import ConfigError, validate
+from openeva.data.loader import DataConfig, TrainLoader
 from openeva.data.sources.base import Source, StreamSource
 from openeva.data.sources.webdataset import MAX_OPEN_SHARDS, Config, WebDataset, WebDatasetStream
 from openeva.data.tar_index import INDEX_SUFFIX
+from openeva.data.views import CropConfig, ViewSpec
+from openeva.text.tokenizer import Tokenizer
+
+TEXT = ViewSpec((8, 8), tokenizer=Tokenizer())
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +78,7 @@ def number(sample: object) -> int:
 
 def test_reads_what_the_library_writes_in_any_order(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.tar", *numbered(0, 40)), write(tmp_path / "b.tar", *numbered(40, 3))
-    source = build(a, b, num_classes=5)
+    source = build(a, b, num_classes=5, extra_keys="txt;json")
     assert isinstance(source, Source)
     assert not isinstance(source, StreamSource)
     assert len(source) == 43
@@ -79,7 +86,11 @@ def test_reads_what_the_library_writes_in_any_order(tmp_path: Path) -> None:
     for i in [42, 0, 39, 40, 17, *range(43)]:
         sample = source.read(i)
         assert sample.image == expected[i]["jpg"]
-        assert sample.extra == {"txt": f"caption ü {i}", "json": {"number": i}}
+        assert sample.extra == {
+            "txt": f"caption ü {i}",
+            "json": {"number": i},
+            "captions": [f"caption ü {i}"],
+        }
         assert sample.label == i % 5
         assert sample.name == f"{a if i < 40 else b}:{i:09d}"
     for i in (-1, 43):
@@ -175,8 +186,8 @@ def test_bad_label_is_an_error_and_not_a_class(tmp_path: Path, label: bytes | No
 def test_unreadable_json_is_a_broken_sample(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", b"{")])
     with pytest.raises(OSError, match="its json is not readable"):
-        build(path).read(0)
-    assert build(path, extra_keys=[]).read(0).extra is None
+        build(path, extra_keys="json").read(0)
+    assert build(path).read(0).extra is None
 
 
 def test_index_is_written_once_beside_the_shard(tmp_path: Path) -> None:
@@ -302,6 +313,134 @@ def test_workers_read_the_same_samples_at_once(tmp_path: Path) -> None:
     assert number(pickle.loads(pickled).read(299)) == 299
 
 
+# ------------------------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("files", "keys", "captions"),
+    [
+        ({"txt": b" a cat\n"}, {}, [" a cat\n"]),
+        ({"caption": b"a dog"}, {}, ["a dog"]),
+        ({"json": b'{"width": 3, "caption": "a cow"}', "txt": b"a cat"}, {}, ["a cat"]),
+        ({"json": b'{"width": 3, "caption": "a cow"}', "txt": b"a cat"}, {"caption_key": "json"}, ["a cow"]),
+        ({"json": b'{"alt": "a sow", "caption": "a cow"}'}, {"caption_field": "alt"}, ["a sow"]),
+        ({"json": b'["a cow", "an ox"]'}, {}, ["a cow", "an ox"]),
+        ({"json": b'{"captions": ["a cow", {"raw": "an ox"}, ""]}'}, {}, ["a cow", "an ox"]),
+        ({"alt.txt": b"a hen", "txt": b"a cat"}, {"caption_key": "alt.txt;txt"}, ["a hen"]),
+        ({"txt": b"a cat\n\n a pet \n"}, {"caption_lines": True}, ["a cat", " a pet "]),
+        ({"txt": b"a cat"}, {"caption_key": None}, None),
+        ({"txt": b"\xff\xfe"}, {}, None),
+        ({"json": b"{"}, {}, None),
+        ({"json": b"[1, 2]"}, {"caption_field": "alt"}, None),
+        ({"json": b'{"width": 3}'}, {}, None),
+        ({"txt": b" \n"}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_captions(
+    tmp_path: Path, stream: bool, files: dict[str, bytes], keys: dict[str, object], captions: list[str] | None
+) -> None:
+    path = write(tmp_path / "a.tar", {"__key__": "0", "webp": b"image 0", **files})
+    if stream:
+        source = Config(shards=[str(path)], stream=True, samples_per_epoch=1, **keys).build()
+        sample = next(source.stream(epoch=0, seed=0, part=0, num_parts=1))
+    else:
+        sample = build(path, **keys).read(0)
+    assert sample.image == b"image 0"
+    assert sample.extra == (None if captions is None else {"captions": captions})
+
+
+def test_source_says_whether_it_has_captions(tmp_path: Path) -> None:
+    with_text = write(tmp_path / "a.tar", *numbered(0, 2))
+    without = write(tmp_path / "b.tar", {"__key__": "0", "jpg": b"image 0"})
+    assert build(with_text).has_captions
+    assert build(with_text, without).has_captions
+    assert not build(without).has_captions
+    assert not build(with_text, caption_key=None).has_captions
+    assert stream_of(tmp_path).has_captions
+    assert not stream_of(tmp_path, caption_key=None).has_captions
+
+
+def test_several_roots_in_one_string(tmp_path: Path) -> None:
+    for name in ("a0", "a1", "b0"):
+        write(tmp_path / f"{name}.tar", *numbered(int(name[1]), 1))
+    source = Config(shards=f"{tmp_path}/a{{0..1}}.tar; {tmp_path}/b*.tar;").build()  # type: ignore[arg-type]
+    assert [Path(source.read(i).name).name for i in range(len(source))] == [
+        "a0.tar:000000000", "a1.tar:000000001", "b0.tar:000000000",
+    ]  # fmt: skip
+    command = Config(shards="pipe:true; cat x.tar", samples_per_epoch=1).build()  # type: ignore[arg-type]
+    assert command._urls == ["pipe:true; cat x.tar"]
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_text_shard(path: Path, numbers: range, broken: dict[int, dict[str, bytes]] | None = None) -> Path:
+    samples = [{"png": png(i), "txt": b"number %d" % i, **(broken or {}).get(i, {})} for i in numbers]
+    return write(path, *({"__key__": f"{i:04d}", **sample} for i, sample in zip(numbers, samples, strict=True)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_pairs_that_are_broken_in_any_way_are_left_out_and_named(tmp_path: Path, stream: bool) -> None:
+    broken = {3: {"txt": b""}, 4: {"png": b"no image"}, 5: {"txt": b"\xff\xff"}}
+    path = image_text_shard(tmp_path / "a.tar", range(30), broken)
+    train = {"name": "webdataset", "shards": str(path), "stream": stream, "samples_per_epoch": 30}
+    data, _ = validate(DataConfig, {"train": [train]}).open()
+    loader = TrainLoader(data, TEXT, CropConfig(kind="center", hflip=0), batch_size=5, max_broken=0.5)
+    batches = list(itertools.islice(loader.batches(), 6))
+    assert set(loader.broken) == {f"{path}:{i:04d}" for i in broken}
+    for (batch,) in batches:
+        shown = batch["image"][:, 0, 0, 0].tolist()
+        assert not set(shown) & set(broken)
+        assert torch.equal(batch["text"], TEXT.tokenizer([f"number {i}" for i in shown]))
+
+
+# ------------------------------------------------------------------------------------------------- mixtures
+
+
+def shares(train: list[dict[str, object]], epochs: int = 4) -> tuple[int, float]:
+    """Samples per epoch, and how many of them are numbered below 100, over some epochs."""
+    data, _ = validate(DataConfig, {"train": train}).open()
+    loader = TrainLoader(data, ViewSpec((8, 8)), CropConfig(kind="center", hflip=0), batch_size=10)
+    steps = itertools.islice(loader.batches(), epochs * loader.steps_per_epoch)
+    shown = [i for (batch,) in steps for i in batch["image"][:, 0, 0, 0].tolist()]
+    assert len(shown) == epochs * loader.samples_per_epoch
+    return loader.samples_per_epoch, sum(i < 100 for i in shown) / len(shown)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_come_in_proportion_to_their_samples_and_weights(tmp_path: Path, stream: bool) -> None:
+    large = {"name": "webdataset", "shards": str(image_text_shard(tmp_path / "a.tar", range(80)))}
+    small = {"name": "webdataset", "shards": str(image_text_shard(tmp_path / "b.tar", range(200, 220)))}
+
+    def mixed(**keys: float) -> list[dict[str, object]]:
+        lengths = [{"stream": True, "samples_per_epoch": n} for n in (80, 20)] if stream else [{}, {}]
+        return [{**large, **lengths[0]}, {**small, **lengths[1], **keys}]
+
+    tolerance = 0.07 if stream else 0  # numbered samples are dealt, those of streams are drawn
+    for keys, length, share in [({}, 100, 0.8), ({"weight": 4}, 160, 0.5), ({"weight": 0.5}, 90, 8 / 9)]:
+        samples, large_share = shares(mixed(**keys))
+        assert samples == length
+        assert large_share == pytest.approx(share, abs=tolerance)
+
+
+def test_epoch_of_a_given_length_is_a_share_of_the_data_and_the_next_goes_on(tmp_path: Path) -> None:
+    paths = image_text_shard(tmp_path / "a.tar", range(80)), image_text_shard(tmp_path / "b.tar", range(200, 220))
+    train = [
+        {"name": "webdataset", "shards": str(path), "samples_per_epoch": n}
+        for path, n in zip(paths, (16, 4), strict=True)
+    ]
+    assert shares(train) == (20, 0.8)
+    data, _ = validate(DataConfig, {"train": train}).open()
+    loader = TrainLoader(data, ViewSpec((8, 8)), CropConfig(kind="center", hflip=0), batch_size=20)
+    seen = [i for (batch,) in itertools.islice(loader.batches(), 5) for i in batch["index"].tolist()]
+    assert sorted(seen) == list(range(100))  # five epochs of a fifth are all of it
+
+
 # ------------------------------------------------------------------------------------------------- pipes and URLs
 
 
@@ -319,7 +458,7 @@ def numbers(source: WebDatasetStream, epoch: int = 0, seed: int = 0, part: int =
 
 
 def test_stream_gives_every_sample_once_over_all_readers(tmp_path: Path) -> None:
-    source = stream_of(tmp_path, num_classes=5)
+    source = stream_of(tmp_path, num_classes=5, extra_keys="json")
     assert isinstance(source, StreamSource)
     assert not isinstance(source, Source)
     for num_parts in (1, 2, 3, 6):
@@ -328,7 +467,7 @@ def test_stream_gives_every_sample_once_over_all_readers(tmp_path: Path) -> None
         assert {len(p) for p in parts} == {60 // num_parts}
     sample = next(source.stream(epoch=0, seed=0, part=0, num_parts=1))
     i = number(sample)
-    assert (sample.label, sample.extra) == (i % 5, {"txt": f"caption ü {i}", "json": {"number": i}})
+    assert (sample.label, sample.extra) == (i % 5, {"json": {"number": i}, "captions": [f"caption ü {i}"]})
     assert sample.name == f"pipe:cat {tmp_path}/{i // 10:03d}.tar:{i:09d}"
 
 

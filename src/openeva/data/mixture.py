@@ -197,6 +197,15 @@ def _limited(source: Source | StreamSource, limit: int | None) -> Source | Strea
     return Part(source, 0, limit)
 
 
+def _weight(config: ComponentConfig, source: Source | StreamSource) -> float:
+    """How often a sample is seen per epoch; the share that `samples_per_epoch` asks for, where all can be counted."""
+    weight: float = getattr(config, "weight", 1.0)
+    wanted = getattr(config, "samples_per_epoch", None)
+    if wanted is None or isinstance(source, StreamSource) or not len(source):
+        return weight
+    return weight * wanted / len(source)
+
+
 def _build(config: ComponentConfig, progress: Progress | None) -> Any:
     scans = "progress" in inspect.signature(config.build).parameters
     return config.build(progress=progress) if scans else config.build()
@@ -214,7 +223,7 @@ def open_sources(configs: Sequence[ComponentConfig], progress: Progress | None =
     """
     built = [_limited(_build(config, progress), getattr(config, "limit", None)) for config in configs]
     streams = [source for source in built if isinstance(source, StreamSource)]
-    weights = [getattr(config, "weight", 1.0) for config in configs]
+    weights = [_weight(config, source) for config, source in zip(configs, built, strict=True)]
     if not streams:
         return Mixture([source for source in built if not isinstance(source, StreamSource)], weights)
     if len(streams) < len(built):

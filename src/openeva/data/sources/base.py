@@ -36,6 +36,12 @@ class SourceConfig(ComponentConfig):
     """Keys that every source has."""
 
     weight: float = Field(1.0, gt=0, description="how often a sample is seen per epoch, on average; 0.5 = half of them")
+    samples_per_epoch: int | None = Field(
+        None,
+        gt=0,
+        description="so many samples per epoch instead of all (times weight); the next epoch goes on with the others."
+        " Pipes and URLs, which cannot be counted, need it",
+    )
     limit: int | None = Field(None, gt=0, description="use so many samples only, a seeded choice; for trials")
     shots: int | None = Field(None, gt=0, description="use so many images of each class, a seeded choice")
     label_fraction: float | None = Field(None, gt=0, le=1, description="use this share of the images of each class")

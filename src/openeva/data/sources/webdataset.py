@@ -7,8 +7,11 @@ readers in a seeded order that changes with the epoch, and samples pass through 
 EXACT there: a run resumed within an epoch starts again at the beginning of the epoch's shards; some samples are seen
 twice in that epoch and others not at all.
 
-Source: webdataset 1.0. Differences for local shards: a cut shard gives the samples before the cut (the library
-raises or stops), and samples come in any order.
+A caption comes from the first of `caption_key` that a sample has; an image whose caption is missing, empty or no text
+is a broken pair where captions are read, and an image like any other where they are not.
+
+Source: spec section 2.6; webdataset 1.0. Differences for local shards: a cut shard gives the samples before the cut
+(the library raises or stops), and samples come in any order.
 """
 
 import errno
@@ -32,6 +35,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from openeva.config import ConfigError
+from openeva.data.caption_rows import captions_in
 from openeva.data.file_index import IMAGE_EXTENSIONS, Progress
 from openeva.data.sources.base import Sample, SourceConfig
 from openeva.data.tar_index import INDEX_SUFFIX, IndexedTar, find_index, index_shard
@@ -42,7 +46,10 @@ MAX_OPEN_SHARDS = 128
 """Shards that a process keeps open: two file descriptors each, and 1024 is a common limit."""
 
 
-def _as_list(value: Any) -> Any:
+def _as_shards(value: Any) -> Any:
+    """A list; several entries in one string end with a semicolon, unless that belongs to a command."""
+    if isinstance(value, str) and not value.startswith("pipe:"):
+        return [entry.strip() for entry in value.split(";") if entry.strip()]
     return [value] if isinstance(value, str | Path) else value
 
 
@@ -61,23 +68,29 @@ class Config(SourceConfig):
     Attributes:
         shards: One entry or a list: local paths with braces and wildcards (`data/{000000..000999}.tar`, `data/*.tar`),
             or URLs (`https:`, `s3:`, `gs:`, `hf:`, `pipe:command`) with braces. Commands of `pipe:` run in a shell.
+            Also one string with semicolons between the entries.
         image_keys: Keys of the image, the first one present counts.
         label_key: Key of the class number.
         num_classes: Number of classes; 0 = labels are not read.
+        caption_key: Keys of the caption, the first one present counts: json is an object with the caption in it (or a
+            list of captions), any other a text. None = no captions.
+        caption_field: Field of that json; default: caption, captions, text, title, ...
+        caption_lines: Each line of a text is a caption of its own.
         extra_keys: Keys that are kept in `Sample.extra`: txt as a string, json parsed, others as bytes.
         stream: True = read local shards in sequence too, like URLs (compressed ones can only be read so).
-        samples_per_epoch: Length of an epoch; needed for URLs, which cannot be counted, and useless otherwise.
         shuffle_buffer: Samples that a reader of a stream mixes.
     """
 
     name: Literal["webdataset"] = "webdataset"
-    shards: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    shards: Annotated[list[str], BeforeValidator(_as_shards)] = Field(min_length=1)
     image_keys: Keys = Field(list(IMAGE_EXTENSIONS), min_length=1)
     label_key: str = "cls"
     num_classes: int = Field(0, ge=0)
-    extra_keys: Keys = Field(["txt", "json"])
+    caption_key: Keys | None = Field(["txt", "caption", "json"])
+    caption_field: str | None = None
+    caption_lines: bool = False
+    extra_keys: Keys = Field([])
     stream: bool = False
-    samples_per_epoch: int | None = Field(None, ge=1)
     shuffle_buffer: int = Field(1000, ge=1)
 
     def build(self, progress: Progress | None = None) -> "WebDataset | WebDatasetStream":
@@ -182,8 +195,9 @@ def _open_local(config: Config, shards: list[Path], progress: Progress | None) -
             [f"webdataset: no images in {shards[0]}{' and the others' if len(shards) > 1 else ''}: its files have the "
              f"keys {', '.join(sorted(suffixes)[:20]) or '(none)'}; name those of the images in `image_keys`"]
         )  # fmt: skip
+    has_captions = bool(suffixes & set(config.caption_key or []))
     table = [_ShardRow(str(s), indexes[s]["shard"][1], indexes[s]["shard"][2], indexes[s]["samples"]) for s in shards]
-    return WebDataset(config, table)
+    return WebDataset(config, table, has_captions=has_captions)
 
 
 @dataclass(frozen=True)
@@ -204,11 +218,12 @@ class WebDataset:
     """All samples of some local shards, as a `Source`.
 
     Attributes:
+        has_captions: Whether there are files that hold captions.
         identity: Two sources of the same identity have the same samples in the same order.
     """
 
-    def __init__(self, config: Config, shards: Sequence[_ShardRow]) -> None:
-        self._config, self._shards = config, list(shards)
+    def __init__(self, config: Config, shards: Sequence[_ShardRow], *, has_captions: bool = False) -> None:
+        self._config, self._shards, self.has_captions = config, list(shards), has_captions
         self._ends = np.cumsum([shard.num_samples for shard in shards])
         self.num_classes = config.num_classes
         self.identity = hashlib.blake2b(repr(self._shards).encode(), digest_size=16).hexdigest()
@@ -256,7 +271,24 @@ def _make_sample(name: str, keys: Sequence[str], content: Callable[[str], bytes]
                 extra[key] = json.loads(data) if key == "json" else data.decode() if key == "txt" else data
             except ValueError as error:
                 raise OSError(errno.EIO, f"its {key} is not readable: {error}", name) from None
+    if config.caption_key and (captions := _captions(keys, content, config)):
+        extra["captions"] = captions
     return Sample(content(image_key), name, label, extra or None)
+
+
+def _captions(keys: Sequence[str], content: Callable[[str], bytes], config: Config) -> list[str]:
+    """Captions of a sample; none where what should hold them cannot be read, as nobody may want them."""
+    key = next((key for key in config.caption_key or () if key in keys), None)
+    if key is None:
+        return []
+    try:
+        text = content(key).decode()
+        if key == "json" or key.endswith(".json"):
+            value = json.loads(text)
+            return captions_in(value if config.caption_field is None else value.get(config.caption_field))
+    except (ValueError, AttributeError):  # no text, no JSON, no object
+        return []
+    return captions_in(text.splitlines() if config.caption_lines else text)
 
 
 # ------------------------------------------------------------------------------------------------- pipes and URLs
@@ -272,6 +304,7 @@ class WebDatasetStream:
     def __init__(self, config: Config, urls: Sequence[str], samples_per_epoch: int) -> None:
         self._config, self._urls = config, list(urls)
         self.num_classes = config.num_classes
+        self.has_captions = bool(config.caption_key)  # nobody can look before the run
         self.samples_per_epoch = samples_per_epoch
 
     def stream(self, *, epoch: int, seed: int, part: int, num_parts: int) -> Iterator[Sample]:
