@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from openeva.data import scene as drawn
 from openeva.data.sources import elpv, scenes
 from openeva.data.sources.base import Source
 
@@ -27,33 +28,33 @@ def test_labels_are_balanced_and_name_the_front_object():
     assert max(counts.values()) < 2.2 * min(counts.values())
     for sample in found:
         things = sample.extra["scene"].things
-        assert sample.label == scenes.SHAPES.index(things[-1].shape)
+        assert sample.label == drawn.SHAPES.index(things[-1].shape)
         assert all(thing.radius < things[-1].radius for thing in things[:-1])
 
 
 @pytest.mark.parametrize("size", [(48, 48), (30, 70), (70, 30), (1, 1)])
 def test_any_size(size):
-    image = scenes.render(scenes.draw_scene(0, 3), size)
+    image = drawn.render(drawn.draw_scene(0, 3), size)
     assert image.shape == (*size, 3)
     assert image.dtype == np.uint8
 
 
 def test_size_does_not_change_the_content():
-    ground = scenes.Texture("gradient", ("red", "blue"), 0.5, 0.3)
-    thing = scenes.Thing("disc", scenes.Texture("plain", ("white", "black"), 0.5, 0.0), 0.1, -0.2, 0.5, 0.0)
-    scene = scenes.Scene(ground, (thing,), 0.0, 0)
-    small, large = scenes.render(scene, (32, 32)).astype(float), scenes.render(scene, (128, 128)).astype(float)
+    ground = drawn.Texture("gradient", ("red", "blue"), 0.5, 0.3)
+    thing = drawn.Thing("disc", drawn.Texture("plain", ("white", "black"), 0.5, 0.0), 0.1, -0.2, 0.5, 0.0)
+    scene = drawn.Scene(ground, (thing,), 0.0, 0)
+    small, large = drawn.render(scene, (32, 32)).astype(float), drawn.render(scene, (128, 128)).astype(float)
     shrunk = large.reshape(32, 4, 32, 4, 3).mean((1, 3))
     assert np.abs(shrunk - small).mean() < 2
 
 
-@pytest.mark.parametrize("shape", scenes.SHAPES)
+@pytest.mark.parametrize("shape", drawn.SHAPES)
 def test_objects_cover_the_pixels_they_change(shape):
     """`coverage`, from which masks and boxes follow, agrees with the picture."""
-    ground = scenes.Texture("plain", ("black", "black"), 1.0, 0.0)
-    thing = scenes.Thing(shape, scenes.Texture("plain", ("white", "white"), 1.0, 0.0), 0.05, -0.1, 0.7, 0.4)
-    share = scenes.coverage(thing, (64, 64))
-    picture = scenes.render(scenes.Scene(ground, (thing,), 0.0, 0), (64, 64))[:, :, 0].astype(float)
+    ground = drawn.Texture("plain", ("black", "black"), 1.0, 0.0)
+    thing = drawn.Thing(shape, drawn.Texture("plain", ("white", "white"), 1.0, 0.0), 0.05, -0.1, 0.7, 0.4)
+    share = drawn.coverage(thing, (64, 64))
+    picture = drawn.render(drawn.Scene(ground, (thing,), 0.0, 0), (64, 64))[:, :, 0].astype(float)
     expected = 28 + share * (243 - 28)
     assert np.abs(picture - expected).max() < 1.01
     assert 0.05 < share.mean() < 0.45
@@ -64,11 +65,9 @@ def test_objects_cover_the_pixels_they_change(shape):
 
 def test_objects_of_all_shapes_differ():
     masks = [
-        scenes.coverage(
-            scenes.Thing(s, scenes.Texture("plain", ("red", "red"), 1.0, 0.0), 0.0, 0.0, 0.7, 0.0), (32, 32)
-        )
+        drawn.coverage(drawn.Thing(s, drawn.Texture("plain", ("red", "red"), 1.0, 0.0), 0.0, 0.0, 0.7, 0.0), (32, 32))
         > 0.5
-        for s in scenes.SHAPES
+        for s in drawn.SHAPES
     ]
     for i, a in enumerate(masks):
         for b in masks[:i]:
