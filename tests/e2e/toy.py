@@ -22,7 +22,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 """A process from here starts with everything imported and nothing run."""
 PROCESSES.set_forkserver_preload(
     [
-        *("openeva.train", "openeva.tasks.pretrain", "openeva.targets.features", "openeva.backbones.vit"),
+        *("openeva.train", "openeva.tasks.pretrain", "openeva.targets.features", "openeva.tasks.clip"),
         *("openeva.data.sources.scenes", "torch.utils.tensorboard.writer", "torch.distributed.checkpoint.format_utils"),
     ]
 )

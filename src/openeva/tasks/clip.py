@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from openeva.backbones.base import Backbone
 from openeva.backbones.vit import VisionTransformer, architecture_to_fine_tune
+from openeva.checkpoints.clip_init import start_towers
 from openeva.checkpoints.load import LoadReport
 from openeva.config import ConfigError
 from openeva.data.labels import has_captions
@@ -133,8 +134,6 @@ class ClipTask(Task):
         self.trainable = ClipModel(config, bias=config.loss == "sigmoid")
         self.load_report: LoadReport | None = None
         if config.init_image or config.init_text or config.init_from:
-            from openeva.checkpoints.clip_init import start_towers
-
             self.load_report = start_towers(
                 self.model, init_image=config.init_image, init_text=config.init_text, init_from=config.init_from,
                 grid=getattr(self.backbone, "grid", None),
