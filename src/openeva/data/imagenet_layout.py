@@ -372,6 +372,21 @@ def objectnet_labels(folder: Path, root: Path) -> dict[str, tuple[int, ...]]:
         raise LayoutError([f"ObjectNet: the files in {place} do not fit each other: {error} is unknown"]) from None
 
 
+def objectnet_class_names(listing: Listing, root: Path) -> dict[str, str]:
+    """ObjectNet's own name, in lower case, of each of its folders that has images which count; sorted by folder.
+
+    Raises:
+        LayoutError: Its file of names is missing or damaged.
+    """
+    place = _mappings(listing.folder, root)
+    assert place is not None
+    label_of_folder = _read_json(place / MAPPINGS[0])
+    return {
+        folder: str(label_of_folder[folder]).lower()
+        for folder in sorted({image.path.partition("/")[0] for image in listing.images})
+    }
+
+
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
