@@ -146,7 +146,7 @@ class Config(ComponentConfig):
         variant = values.get("variant")
         if variant is None:
             if isinstance(values.get("weights"), str) and "width" not in values:  # the file says what it is
-                return {**architecture_of(values["weights"]), **values}
+                return {**architecture_of(values["weights"], values.get("num_heads")), **values}
             return values
         if variant not in VARIANTS:
             raise ValueError(
@@ -195,9 +195,9 @@ class Config(ComponentConfig):
         return model
 
 
-def architecture_of(weights: str) -> dict[str, Any]:
+def architecture_of(weights: str, num_heads: int | None = None) -> dict[str, Any]:
     """Dimensions and switches of the transformer in a model folder or weight file, a CLIP's projection among them."""
-    return described_backbone(read_weights(model_path(weights)))
+    return described_backbone(read_weights(model_path(weights)), num_heads=num_heads)
 
 
 TRAINING_KEYS = (

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from openeva.checkpoints.clip import PROJECTION, TEXT, TEXT_HEAD_WIDTH, holds_text, infer_text_config, text_of
 from openeva.checkpoints.files import StateDict, read_state_dict
-from openeva.checkpoints.load import LoadReport, Weights, adapt, drop_index_buffers, load_into, read_model, read_weights
+from openeva.checkpoints.load import (
+    POSITIONS,
+    LoadReport,
+    Weights,
+    adapt,
+    drop_index_buffers,
+    load_into,
+    read_model,
+    read_weights,
+)
 from openeva.checkpoints.native import model_path
 from openeva.checkpoints.resize import Grid
 from openeva.checkpoints.torchscript import is_torchscript, read_torchscript
@@ -102,11 +111,14 @@ def _image_tower(
         key: tensor for key, tensor in expected.items() if key.startswith("backbone.") and not _why_not_image(key)
     }
     fresh = _fresh_norms(weights, given, wanted)
+    fixed_positions = POSITIONS not in dict(model.named_parameters())
     try:
-        adapted = adapt(given, wanted, report, fresh=fresh, grid=grid, source_grid=weights.grid)
+        adapted = adapt(
+            given, wanted, report, fresh=fresh, grid=grid, source_grid=weights.grid, fixed_positions=fixed_positions
+        )
     except ValueError as error:
         raise ValueError(f"init_image: {error}") from None
-    dropped = [key for key in given if key in report.dropped]
+    dropped = [key for key in given if key in report.dropped and not (key == POSITIONS and fixed_positions)]
     if dropped:  # what other models may do without is a mistake here
         listed = "\n".join(f"  - {key}: {report.dropped[key]}" for key in dropped)
         raise ValueError(f"init_image: the weights of {weights.source} do not fit the image tower:\n{listed}")
