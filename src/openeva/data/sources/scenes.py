@@ -55,8 +55,12 @@ class Scenes:
         self._config = config
         self._size = (config.size, config.size) if isinstance(config.size, int) else config.size
         self.has_captions = config.captions
-        patterns = [PATTERN_WORDS[pattern] for pattern in PATTERNS]
-        self.class_names: list[str] = {"shape": [*SHAPES], "colour": [*COLOURS], "pattern": patterns}[config.label]
+        names: dict[str, list[str]] = {
+            "shape": [*SHAPES],
+            "colour": [*COLOURS],
+            "pattern": [PATTERN_WORDS[pattern] for pattern in PATTERNS],
+        }
+        self.class_names = names[config.label]
         self.num_classes = len(self.class_names)
 
     def __len__(self) -> int:
