@@ -45,12 +45,14 @@ class Task(nn.Module):
             Frozen teachers and tokenizers sit beside it as other children.
         frozen: Parts of `trainable` that do not learn (`tune.py`); they stay in evaluation mode.
         trained_part: What checkpoints and exported models hold; None for all of `trainable`.
+        joint_loss: True = a sample's loss depends on the others of the step, whose micro-batches are one batch.
     """
 
     config: Any
     trainable: nn.Module
     frozen: tuple[nn.Module, ...] = ()
     trained_part: TrainedPart | None = None
+    joint_loss: bool = False
 
     def train(self, mode: bool = True) -> Any:  # not Self: the run-time checks of shapes do not take it
         """Switch to training behaviour, but for what is frozen."""
@@ -118,7 +120,11 @@ class Task(nn.Module):
     def forward_backward(
         self, micro_batches: Sequence[Batch], backward: Callable[[Tensor], None]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Accumulate the gradient of the mean loss over the micro-batches; returns mean loss and scalars, detached."""
+        """Accumulate the gradient of the mean loss over the micro-batches, or of their joint loss.
+
+        Returns:
+            That loss and scalars, detached.
+        """
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, start=1):

@@ -127,6 +127,7 @@ class ClipTask(Task):
 
     config: Config
     trainable: nn.Module
+    joint_loss = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()
