@@ -25,6 +25,7 @@ from openeva.data.transform import Transform
 from openeva.data.views import CropConfig
 from openeva.heads.classifier import ImageClassifier, Pooling
 from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel
+from openeva.text.tower import TextTower
 
 Model = VisionTransformer | ImageClassifier | ClipModel
 
@@ -160,6 +161,23 @@ def load_checkpoint(
         ValueError: Damaged, or not weights of such a model.
     """
     return _load(path, None, _Head(num_classes, pooling, batch_norm), overrides).eval()
+
+
+def load_text_tower(path: str) -> TextTower:
+    """The text tower of a trained CLIP alone, in evaluation mode: without the larger image tower it loads at once.
+
+    Args:
+        path: As in `load_checkpoint`.
+
+    Raises:
+        WeightsError: Nothing there.
+        ValueError: Damaged, or without a text tower.
+    """
+    weights = read_weights(model_path(path))
+    config = _clip_config(path, None, {}, weights)
+    tower = config.text.build(config.embed_dim)
+    load_into(tower, weights, part="text")
+    return tower.eval()
 
 
 def transforms_for(model: Backbone | ImageClassifier | ClipModel) -> Transforms:
@@ -327,6 +345,14 @@ def _load_clip(
 ) -> ClipModel:
     """Both towers, of the architecture that the weights say, within the variant, with the overrides."""
     weights = weights or read_weights(model_path(address))
+    config = _clip_config(address, variant, overrides, weights)
+    model = ClipModel(config, bias="logit_bias" in weights.state_dict)
+    report = load_into(model, weights, grid=getattr(config.backbone, "grid", None))
+    _tell_origin(model, model.backbone, address, weights, report)
+    return model
+
+
+def _clip_config(address: str, variant: str | None, overrides: Mapping[str, Any], weights: Weights) -> ClipConfig:
     if not holds_text(weights.state_dict):
         raise ValueError(
             f"weights {address!r} hold no text tower, only {' and '.join(weights.layout.parts)}; for the image tower "
@@ -344,11 +370,7 @@ def _load_clip(
     if variant is not None and expected is not None:
         _check_clip_variant(address, entry, expected, content, keys)
     content = {**content, **keys, **{tower: {**content[tower], **keys[tower]} for tower in ("backbone", "text")}}
-    config = validate(ClipConfig, {"variant": known, **content}, where=address)
-    model = ClipModel(config, bias="logit_bias" in weights.state_dict)
-    report = load_into(model, weights, grid=getattr(config.backbone, "grid", None))
-    _tell_origin(model, model.backbone, address, weights, report)
-    return model
+    return validate(ClipConfig, {"variant": known, **content}, where=address)
 
 
 def _clip_keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
