@@ -26,6 +26,9 @@ START, END = 49_406, 49_407
 LENGTH_STEP = 8
 """Rows have a length that is a multiple of this, so that few different shapes occur."""
 
+MAX_CACHED_WORDS = 1 << 17
+"""Words whose pieces are remembered, about 30 MB: billions of captions have hundreds of millions of different words."""
+
 _EVA01 = {"<|startoftext|>": "<start_of_text>", "<|endoftext|>": "<end_of_text>"}
 """EVA-01's spelling -> open_clip's."""
 
@@ -69,7 +72,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without start and end."""
-        return _bpe(self.specials).encode(text)
+        bpe = _bpe(self.specials)
+        if len(bpe.cache) > MAX_CACHED_WORDS:  # to begin anew costs 20 microseconds per caption for a while
+            bpe.cache = {word: pieces for word, pieces in bpe.cache.items() if word == pieces}  # special tokens stay
+        return bpe.encode(text)
 
 
 @cache
