@@ -145,7 +145,7 @@ def test_a_trained_pair_goes_to_open_clip(tmp_path: Path) -> None:
     """A run's folder, with the bias of the sigmoid loss, which open_clip has too."""
     weights = from_clip(open_clip_model("EVA01-g").state_dict()) | {"logit_bias": torch.tensor([-9.0])}
     backbone = {"name": "vit", "width": WIDTH, "depth": 2, "num_heads": HEADS, "mlp_hidden": 80, "patch_size": 8}
-    text = {"width": 64, "num_heads": 1, "depth": 2, "context_length": 16}
+    text = {"width": 64, "num_heads": 1, "depth": 2, "context_length": 16, "vocab_size": TEXT["vocab_size"]}
     task = {"name": "clip", "embed_dim": EMBED, "backbone": {**backbone, "image_size": 32}, "text": text}
     save_native(tmp_path / "run" / "model", weights, {"task": {**task, "loss": "sigmoid"}})
     model = openeva.load_checkpoint(str(tmp_path / "run"))
@@ -207,11 +207,11 @@ def test_openais_own_image_tower_is_none_of_evas(tmp_path: Path) -> None:
 def test_transformers_text_tower() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=TEXT["vocab_size"],
         max_position_embeddings=16,
         projection_dim=EMBED,
         hidden_act="gelu",
-        eos_token_id=49407,
+        eos_token_id=TEXT["vocab_size"] - 1,
         **sizes,
     )
     theirs = randomised(CLIPTextModelWithProjection(config), 3).eval()
