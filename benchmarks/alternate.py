@@ -1,5 +1,6 @@
 """Timing that a noisy machine does not spoil: the contenders take turns, and what counts is the ratio within a turn."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openeva.engine.precision import Precision
+from openeva.tasks.base import Task
 
 
 def synchronise(device: torch.device) -> None:
@@ -35,6 +37,50 @@ def our_step(
         return value.detach()
 
     return step
+
+
+def task_step(
+    task: Task, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, precision: Precision,
+    clip_grad: float | None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """A step of a whole task as our loop does it."""
+
+    def step() -> Tensor:
+        with precision.autocast():
+            loss, _ = task.forward_backward([batch], precision.backward)
+        precision.finish(task.trainable, loss, clip_grad)
+        optimizer.found_inf = precision.found_inf
+        optimizer.step()
+        task.after_step()
+        optimizer.zero_grad(set_to_none=True)
+        precision.update()
+        return loss
+
+    return step
+
+
+def time_steps(step: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
+    """Median seconds of a step after two warm-ups."""
+    for _ in range(2):
+        step()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        begun = time.perf_counter()
+        step()
+        synchronise(device)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def free(device: torch.device, *, compiled: bool = True) -> None:
+    """Give back what nobody uses any more, compiled code too, and count the peak of memory anew."""
+    gc.collect()
+    if compiled:
+        torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def alternate(

@@ -2,19 +2,18 @@
 
 First the device's own ceilings (matrix products, copies), then EVA-g/14 with a CLIP-L/14 teacher, EVA-L/14 and
 EVA-B/16: eager and compiled, on synthetic batches that already lie on the device, and a reference step (fp16 autocast,
-attention logits materialised in fp32, GradScaler, the loss read at every step); then the whole loop on JPEG files.
+attention logits materialised in fp32, GradScaler, the loss read at every step); then EVA-CLIP g/14 against open_clip at
+growing batches (`gpu_clip.py`), and the whole loop on JPEG files.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu_h200.json              # everything, about 10 minutes
+    python benchmarks/gpu.py --out benchmarks/results/gpu_h200.json              # everything, about 20 minutes
+    python benchmarks/gpu.py --models eva01_clip_g_14                            # EVA-CLIP only
     python benchmarks/gpu.py --models eva_b_16 --tiny --device cpu               # shows that it runs, without a GPU
 """
 
 import argparse
-import gc
 import json
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alternate import synchronise
+from alternate import free, task_step, time_steps
+from gpu_clip import CLIP_MODEL, measure_clip
 from openeva.config import validate
 from openeva.data.sources.scenes import Config as ScenesConfig
 from openeva.engine.hardware import environment, measured_matmul_flops, peak_flops
@@ -106,19 +106,7 @@ def our_step(
         task.trainable.compile()
     task.speed_up_frozen(compile_forward=compile_mode != "off")
     optimizer = adamw(task.trainable, OptimConfig(lr=1e-5), no_decay=task.backbone.no_weight_decay(), num_layers=1)
-    precision = Precision("auto", device)
-
-    def step() -> Tensor:
-        with precision.autocast():
-            loss, _ = task.forward_backward([batch], precision.backward)
-        precision.finish(task.trainable, loss, 3.0)
-        optimizer.found_inf = precision.found_inf
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        precision.update()
-        return loss
-
-    return step
+    return task_step(task, batch, optimizer, Precision("auto", device), clip_grad=3.0)
 
 
 def official_step(task: PretrainTask, batch: dict[str, Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -143,20 +131,6 @@ def official_step(task: PretrainTask, batch: dict[str, Tensor], device: torch.de
         return loss
 
     return step
-
-
-def time_steps(step: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
-    """Median seconds of a step after two warm-ups."""
-    for _ in range(2):
-        step()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        begun = time.perf_counter()
-        step()
-        synchronise(device)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
 
 
 def measure_model(name: str, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -203,7 +177,7 @@ def measure_model(name: str, device: torch.device, args: argparse.Namespace) -> 
     return rows
 
 
-def measure_loading(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def measure_loading(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The whole loop on JPEG files: throughput and the share of time spent waiting for data."""
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
@@ -214,7 +188,6 @@ def measure_loading(device: torch.device, args: argparse.Namespace) -> dict[str,
             image = sample.image
             assert not isinstance(image, bytes)
             image.save(images / f"{index:05d}.jpg", quality=90)
-        name = args.models[-1]
         spec = MODELS[name] | ({"batch": 4} if args.tiny else {})
         backbone = {"name": "vit", "variant": name} | (TINY | {"patch_size": 14} if args.tiny else {})
         teacher = {"name": "open_clip", "model": spec["teacher"], "pretrained": "random"}
@@ -245,17 +218,9 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / time_steps(lambda: target.copy_(source), device, 5)
 
 
-def free(device: torch.device) -> None:
-    gc.collect()
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=[*MODELS, CLIP_MODEL], choices=[*MODELS, CLIP_MODEL])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny dimensions, to show that everything runs")
@@ -272,12 +237,16 @@ def main() -> None:
     }  # fmt: skip
     print({key: value for key, value in record.items() if key != "steps"}, flush=True)
     for name in args.models:
-        record["steps"] += measure_model(name, device, args)
+        if name == CLIP_MODEL:
+            record["clip_steps"] = measure_clip(device, args)
+        else:
+            record["steps"] += measure_model(name, device, args)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1))
     free(device)
-    record["loading"] = measure_loading(device, args)
-    print(record["loading"])
+    if pretrained := [name for name in args.models if name in MODELS]:
+        record["loading"] = measure_loading(pretrained[-1], device, args)
+        print(record["loading"])
     if args.out:
         args.out.write_text(json.dumps(record, indent=1))
 
