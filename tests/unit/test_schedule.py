@@ -19,13 +19,22 @@ def test_linear_reaches_the_final_value() -> None:
     assert [schedule.at(step) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+def test_a_warm_up_from_the_first_step_rises_in_equal_parts() -> None:
+    schedule = Schedule(base=2.0, final=0.0, total_steps=10, warmup_steps=4, warmup_from="first_step")
+    values = [schedule.at(step) for step in range(10)]
+    assert values[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    without = Schedule(base=2.0, final=0.0, total_steps=10, warmup_steps=4)
+    assert values[4:] == [without.at(step) for step in range(4, 10)]
+    assert Schedule(2.0, 0.0, 3, 1, warmup_from="first_step").at(0) == 2.0
+
+
 @given(
     base=st.floats(1e-8, 10), share=st.floats(0, 1), total=st.integers(1, 500), warm=st.floats(0, 1),
-    shape=st.sampled_from(["cosine", "linear"]),
+    shape=st.sampled_from(["cosine", "linear"]), warmup_from=st.sampled_from(["zero", "first_step"]),
 )  # fmt: skip
-def test_stays_between_its_ends_and_only_falls_after_the_peak(base, share, total, warm, shape) -> None:
+def test_stays_between_its_ends_and_only_falls_after_the_peak(base, share, total, warm, shape, warmup_from) -> None:
     warmup = round(warm * total)
-    schedule = Schedule(base, base * share, total, warmup, shape)
+    schedule = Schedule(base, base * share, total, warmup, shape, warmup_from)
     values = [schedule.at(step) for step in range(total)]
     rise, fall = values[:warmup], values[warmup:]
     assert all(0 <= value <= base * (1 + 1e-12) for value in values)
