@@ -6,7 +6,7 @@ projection[B,S,D]
 Paper: EVA section 2.1 (q and v have biases, k has none), EVA-02 section 2.1 (RoPE). Source: spec sections 1.2 and 1.4
 of EVA-01, 1.3 and 4 of EVA-02. The norm is that of EVA02-CLIP (official name `inner_attn_ln`). Deliberate difference:
 the official code computes the logits in fp32 by a cast. The fused kernels accumulate them in fp32 whatever the input's
-dtype; only reduced-precision training on CPUs rounds them to that dtype first (see `_prefers_composed`), before a
+dtype; only reduced-precision training on CPUs rounds them to that dtype first (see `prefers_composed`), before a
 softmax in fp32.
 """
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             v_BHSK = qkv_BSHK[:, :, 2 * self.num_heads :].transpose(1, 2)
         mask = self._logit_mask(q_BHSK, bias, visible_BS, place)
         dropout = self.dropout if self.training else 0.0
-        if mask is None and dropout == 0.0 and _prefers_composed(q_BHSK):
+        if mask is None and dropout == 0.0 and prefers_composed(q_BHSK):
             out_BHSK = composed_attention(q_BHSK, k_BHSK, v_BHSK)
         else:
             out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout)
@@ -121,14 +121,19 @@ class Attention(nn.Module):
 
 
 def composed_attention(
-    q_BHSK: Float[Tensor, "B H S K"], k_BHSK: Float[Tensor, "B H S K"], v_BHSK: Float[Tensor, "B H S K"]
+    q_BHSK: Float[Tensor, "B H S K"],
+    k_BHSK: Float[Tensor, "B H S K"],
+    v_BHSK: Float[Tensor, "B H S K"],
+    bias_SS: Float[Tensor, "S S"] | None = None,
 ) -> Float[Tensor, "B H S K"]:
-    """Attention as two matrix products and a softmax in fp32."""
+    """Attention as two matrix products and a softmax in fp32; a bias without gradient is added to the logits."""
     logits_BHSS = (q_BHSK * q_BHSK.shape[-1] ** -0.5) @ k_BHSK.transpose(-2, -1)
+    if bias_SS is not None:
+        logits_BHSS = logits_BHSS.add_(bias_SS.to(logits_BHSS.dtype))
     return logits_BHSS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype) @ v_BHSK
 
 
-def _prefers_composed(q_BHSK: Tensor) -> bool:
+def prefers_composed(q_BHSK: Tensor) -> bool:
     """Whether to train through `composed_attention`: torch's fused kernel for CPUs has a slow backward pass in bf16.
 
     Measured at 197 tokens on two cores with AMX: fused 4 ms forward and 23 to 29 ms backward, composed 6 and 9 to 13.
