@@ -19,7 +19,18 @@ app = typer.Typer(rich_markup_mode="rich")
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders, patterns or URLs.")],
     weights: Annotated[str, typer.Option(help="Official name, run, model folder or weight file.")],
-    topk: Annotated[int, typer.Option(help="Classes per image.", min=1)] = 5,
+    text: Annotated[
+        list[str] | None, typer.Option(help="What may be seen, for a CLIP; several are ranked.", show_default=False)
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="The same from a file, one per line.")] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            help="What texts are put into: 'a photo of a {c}.', a file, or a name such as imagenet.",
+            show_default="texts as they are",
+        ),
+    ] = None,
+    topk: Annotated[int | None, typer.Option(help="Classes per image.", min=1, show_default="5, or 10 texts")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table, a row per class.")] = False,
     out: Annotated[
@@ -48,16 +59,20 @@ def predict(
 ) -> None:
     """Name what is in images, show where the model looks, write embeddings.
 
+    A classifier knows its classes; a CLIP tells apart what you write: --text "a photo of a cat" --text "a drawing".
     Broken images are named and skipped; exit status 1 says that there were some.
     """
     from openeva.engine.log import counting
     from openeva.inference import Predictor, find_images, output
+    from openeva.inference.texts import read_texts
 
     job = output.Job(list(find_images(images)), features, picture, kind, patches=patches, layers=layers or "")
     written_as = output.format_of(out, json=json, csv=csv)
+    named = [*(text or []), *(read_texts(texts) if texts else [])]
     predictor = Predictor(
-        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
-    )
+        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size,
+        texts=named, templates=templates,
+    )  # fmt: skip
     report = getattr(predictor.model, "load_report", None)
     for line in report.lines() if report else ():
         say(line, error=True, style="dim")
@@ -74,13 +89,15 @@ def predict(
 
         predictions = job.answers(predictor, finished)
         if written_as is not None:
-            output.write(written_as, predictions, out or sys.stdout)
+            output.write(written_as, predictions, out or sys.stdout, texts=bool(named))
         else:
             rows = output.as_rows(predictions)
-            answers = table("", ["image", "class", "probability"], list(rows))
+            columns = ["text", "probability", "cosine"] if named else ["class", "probability"]
+            answers = table("", ["image", *columns], list(rows))
     if written_as is None and predictor.classes is not None:
         stdout().print(answers)
-        say(f"class names: {predictor.classes.source}", style="dim")
+        softmax = "probabilities: softmax of 100 × cosine over the texts"
+        say(softmax if named else f"class names: {predictor.classes.source}", style="dim")
     for place in (out, features, picture):
         if place is not None and failed < len(job.images):
             say(f"written: {place}", error=written_as is not None, style="dim")

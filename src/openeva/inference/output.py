@@ -17,10 +17,11 @@ from openeva.inference.embeddings import NoFeaturesError, check_suffix, writing
 from openeva.inference.inputs import FoundImage
 from openeva.inference.maps import MapKind, natural_map
 from openeva.inference.picture import draw, free_name, is_picture_file
-from openeva.inference.predictor import Prediction, Predictor, Wanted
+from openeva.inference.predictor import Guess, Prediction, Predictor, Wanted
 
 Format = Literal["json", "csv"]
 CSV_COLUMNS = ("image", "rank", "class", "name", "probability", "error")
+CSV_COLUMNS_TEXTS = ("image", "rank", "class", "name", "probability", "cosine", "error")
 
 
 Finished = Callable[[int, str | None], None]
@@ -92,7 +93,8 @@ class Job:
         if self.picture is not None and isinstance(predictor.model, ImageClassifier):
             map_ = self.kind or natural_map(predictor.model)
         elif self.picture is not None:
-            raise ValueError("a picture explains a class, but these weights have no classifier; leave out --picture")
+            fix = "give texts too (--text)" if predictor.is_clip else "leave out --picture"
+            raise ValueError(f"a picture explains a class, but these weights have no classifier; {fix}")
         return Wanted(self.features is not None, self.patches, self.layers, map_)
 
 
@@ -118,9 +120,16 @@ def format_of(out: Path | None, *, json: bool, csv: bool) -> Format | None:
     return "json" if ending == "json" else "csv"
 
 
-def write(format_: Format, predictions: Iterable[Prediction], place: Path | TextIO) -> None:
-    """Write predictions to a file, which appears whole at the end, or to a stream as they come."""
-    pieces = FORMATS[format_](predictions)
+def write(format_: Format, predictions: Iterable[Prediction], place: Path | TextIO, *, texts: bool = False) -> None:
+    """Write predictions to a file, which appears whole at the end, or to a stream as they come.
+
+    Args:
+        format_: From `format_of`.
+        predictions: What to write.
+        place: Where.
+        texts: The classes are texts, which have cosines too.
+    """
+    pieces = as_json(predictions) if format_ == "json" else as_csv(predictions, texts=texts)
     if isinstance(place, Path):
         write_atomically(place, lambda file: _write_pieces(file, pieces))
     else:
@@ -141,31 +150,38 @@ def as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
     yield "[]\n" if before.startswith("[") else "\n]\n"
 
 
-def as_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
+def as_csv(predictions: Iterable[Prediction], *, texts: bool = False) -> Iterator[str]:
     """CSV with a header, a row per guess; a broken image has one row with its error."""
-    yield _csv_row(CSV_COLUMNS)
+    columns = CSV_COLUMNS_TEXTS if texts else CSV_COLUMNS
+    yield _csv_row(columns)
     for prediction in predictions:
         if prediction.error is not None:
-            yield _csv_row((prediction.source, "", "", "", "", prediction.error))
+            yield _csv_row((prediction.source, *[""] * (len(columns) - 2), prediction.error))
         for rank, guess in enumerate(prediction.top, start=1):
-            yield _csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", ""))
+            cosine = [] if guess.cosine is None else [f"{guess.cosine:.6g}"]
+            yield _csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", *cosine, ""))
 
 
-def as_rows(predictions: Iterable[Prediction]) -> Iterator[tuple[str, str, str]]:
-    """Rows (image, class, probability) of a table; the image stands in its first row only."""
+def as_rows(predictions: Iterable[Prediction]) -> Iterator[tuple[str, ...]]:
+    """Rows (image, class, probability, of texts also cosine) of a table; the image stands in its first row only."""
     for prediction in predictions:
         for rank, guess in enumerate(prediction.top):
-            yield prediction.source if rank == 0 else "", guess.name, f"{guess.probability:.1%}"
+            cosine = () if guess.cosine is None else (f"{guess.cosine:.3f}",)
+            yield prediction.source if rank == 0 else "", guess.name, f"{guess.probability:.1%}", *cosine
 
 
-FORMATS = {"json": as_json, "csv": as_csv}
+FORMATS = ("json", "csv")
 
 
 def _record(prediction: Prediction) -> dict[str, Any]:
     if prediction.error is not None:
         return {"image": prediction.source, "error": prediction.error}
-    top = [{"class": g.index, "name": g.name, "probability": round(g.probability, 6)} for g in prediction.top]
-    return {"image": prediction.source, "top": top}
+    return {"image": prediction.source, "top": [_guess(guess) for guess in prediction.top]}
+
+
+def _guess(guess: Guess) -> dict[str, Any]:
+    cosine = {} if guess.cosine is None else {"cosine": round(guess.cosine, 6)}
+    return {"class": guess.index, "name": guess.name, "probability": round(guess.probability, 6), **cosine}
 
 
 def _csv_row(values: Sequence[object]) -> str:

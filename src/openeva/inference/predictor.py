@@ -1,7 +1,7 @@
 """A model that answers for anybody's images: read and cut in threads, answered in batches, one result per image.
 
 images -> `find_images` -> pixels (threads) -> the model's own evaluation view -> batch -> logits and features ->
-`Prediction`s in the order of the images
+`Prediction`s in the order of the images; the classes are the model's, or, of a CLIP, any texts
 
 Source: spec section 7: images are seen as in the official evaluation of these weights (`transforms_for`).
 """
@@ -9,7 +9,7 @@ Source: spec section 7: images are seen as in the official evaluation of these w
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,24 +31,46 @@ from openeva.heads.clip import ClipModel
 from openeva.inference.classes import ClassNames, class_names
 from openeva.inference.inputs import FoundImage, ImageError, ImageInput, find_images
 from openeva.inference.maps import MAPS, MapKind
+from openeva.inference.texts import (
+    Templates,
+    TextClassifier,
+    checked_templates,
+    checked_texts,
+    image_tower,
+    no_text_tower,
+    tell_cut,
+    text_classifier,
+)
 from openeva.models import load_checkpoint, transforms_for
 
-Weights = str | Path | ImageClassifier | Backbone
+Weights = str | Path | ImageClassifier | Backbone | ClipModel
 """What to answer with: official name, run, model folder or file; or a model that is there already."""
 
 BATCH_SIZE = 32
 TOPK = 5
+TOPK_TEXTS = 10
+"""Where the classes are texts."""
+MAX_READERS = 16
+"""Threads that read images, unless asked otherwise; no more than processors."""
 READ_AHEAD_BATCHES = 2
 """Images that are read while the model is busy."""
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One class and how probable the model finds it (softmax over all classes)."""
+    """One class, or text, and how probable the model finds it (softmax over all of them).
+
+    Attributes:
+        index: Its number.
+        name: In words.
+        probability: 0..1.
+        cosine: Of a text: that of image and text in the joint space, which the probability is made of.
+    """
 
     index: int
     name: str
     probability: float
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,12 +141,16 @@ class Predictor:
 
     Args:
         weights: Official name, run, model folder or file; or a model (put into evaluation mode and moved).
-        topk: Classes to return per image.
+        topk: Classes to return per image; default: 5, or 10 texts.
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", ...
         precision: Of the backbone; "auto" is bf16 where the hardware multiplies it natively. The classifier itself and
             all results are fp32.
         image_size: Pixels of the side (or rows and columns) to look at; positions are resized. Default: the weights'.
+        texts: What may be seen, for the weights of a CLIP: its classes are then these.
+        templates: What texts are put into, such as "a photo of a {c}."; several, a file, or a name such as "imagenet".
+            Default: texts as they are.
+        num_readers: Threads that read images; default: one per processor, at most 16.
 
     Raises:
         ConfigError: The weights are unknown or out of reach.
@@ -135,25 +161,45 @@ class Predictor:
         self,
         weights: Weights,
         *,
-        topk: int = TOPK,
+        topk: int | None = None,
         batch_size: int = BATCH_SIZE,
         device: str = "auto",
         precision: PrecisionName = "auto",
         image_size: int | tuple[int, int] | None = None,
+        texts: Sequence[str] = (),
+        templates: Templates | None = None,
+        num_readers: int | None = None,
     ) -> None:
-        if topk < 1 or batch_size < 1:
-            raise ValueError(f"topk {topk} and batch_size {batch_size} must be at least 1")
-        self.batch_size = batch_size
+        texts, self.topk = checked_texts(texts), topk or (TOPK_TEXTS if texts else TOPK)
+        self.batch_size, self.num_readers = batch_size, num_readers or min(MAX_READERS, os.cpu_count() or 1)
+        if min(self.topk, batch_size, self.num_readers) < 1 or topk == 0:
+            raise ValueError(f"topk {topk}, batch_size {batch_size} and num_readers {num_readers} must be at least 1")
+        if templates is not None and not texts:
+            raise ValueError("templates are what texts are put into; give texts too")
+        filled = checked_templates(templates)
         self.device = start(device).device
         self.precision = resolve_precision(precision, self.device)
-        model = load_model(weights, image_size)
-        self.model = model.to(self.device).eval()
-        self.backbone = backbone_of(model)
-        self.transform = transforms_for(model).evaluate
-        self.classes: ClassNames | None = None
-        if isinstance(model, ImageClassifier):
+        model = load_any(weights, image_size).to(self.device).eval()
+        self.is_clip, self.classes = isinstance(model, ClipModel), None
+        if texts:
+            model, self.classes = self._tell_apart(model, weights, texts, filled), ClassNames(texts, "the texts given")
+        self.model = image_tower(model) if isinstance(model, ClipModel) else model
+        self.backbone = backbone_of(self.model)
+        self.transform = transforms_for(self.model).evaluate
+        if self.classes is None and isinstance(model, ImageClassifier):
             self.classes = class_names(model.num_classes, config_of(model))
-        self.topk = topk
+
+    def _tell_apart(
+        self,
+        model: ImageClassifier | Backbone | ClipModel,
+        weights: Weights,
+        texts: Sequence[str],
+        templates: Sequence[str],
+    ) -> TextClassifier:
+        if not isinstance(model, ClipModel):
+            raise no_text_tower(weights)
+        tell_cut(texts, model.tokenizer)
+        return text_classifier(model, texts, templates, self._autocast())
 
     def __call__(
         self,
@@ -170,6 +216,11 @@ class Predictor:
         return self._answers(find_images(images), wanted)
 
     def _checked(self, wanted: Wanted) -> Wanted:
+        if self.classes is None and self.is_clip and (wanted.map or not wanted.embedding):
+            raise ValueError(
+                "these weights are a CLIP, which tells apart what you write: give texts, such as --text 'a photo of a "
+                "cat' --text 'a photo of a dog' (texts=[...] in Python), or ask for features"
+            )
         if self.classes is None and (wanted.map or not wanted.embedding):
             raise ValueError(
                 "these weights have no classifier, so they name no classes; ask for features, fine-tune them "
@@ -194,9 +245,8 @@ class Predictor:
     def _batches(
         self, found: Iterable[FoundImage]
     ) -> Iterator[list[tuple[FoundImage, UInt8[Tensor, "3 Y X"] | ImageError]]]:
-        workers = max(1, min(16, os.cpu_count() or 1))
         waiting: deque[tuple[FoundImage, Future[Tensor | ImageError]]] = deque()
-        with ThreadPoolExecutor(workers, thread_name_prefix="openeva-read") as pool:
+        with ThreadPoolExecutor(self.num_readers, thread_name_prefix="openeva-read") as pool:
             try:
                 for image in found:
                     waiting.append((image, pool.submit(self._view, image)))
@@ -226,9 +276,9 @@ class Predictor:
         top_BK = None
         if classifier is not None:
             with torch.no_grad():
-                probability_BV = classifier.classifier(pooled_BD).softmax(dim=-1)
-            top_BK = probability_BV.topk(min(self.topk, probability_BV.shape[1]))
-            results = [replace(r, top=g) for r, g in zip(results, self._guesses(*top_BK), strict=True)]
+                logits_BV = classifier.classifier(pooled_BD)
+            top_BK = logits_BV.softmax(dim=-1).topk(min(self.topk, logits_BV.shape[1]))
+            results = [replace(r, top=g) for r, g in zip(results, self._guesses(logits_BV, *top_BK), strict=True)]
         if wanted.embedding:
             embeddings = _embeddings(pooled_BD, seen[0], wanted)
             results = [replace(r, embedding=e) for r, e in zip(results, embeddings, strict=True)]
@@ -241,10 +291,16 @@ class Predictor:
             ]
         return results
 
-    def _guesses(self, probability_BK: Tensor, index_BK: Tensor) -> Iterator[tuple[Guess, ...]]:
+    def _guesses(self, logits_BV: Tensor, probability_BK: Tensor, index_BK: Tensor) -> Iterator[tuple[Guess, ...]]:
         assert self.classes is not None
-        for probabilities, indices in zip(probability_BK.tolist(), index_BK.tolist(), strict=True):
-            yield tuple(Guess(i, self.classes.names[i], p) for i, p in zip(indices, probabilities, strict=True))
+        names, cosine_BK = self.classes.names, None
+        if isinstance(self.model, TextClassifier):
+            cosine_BK = self.model.cosines(logits_BV.gather(1, index_BK)).tolist()
+        for row, (probabilities, indices) in enumerate(zip(probability_BK.tolist(), index_BK.tolist(), strict=True)):
+            cosines = [None] * len(indices) if cosine_BK is None else cosine_BK[row]
+            yield tuple(
+                Guess(i, names[i], p, cosine) for i, p, cosine in zip(indices, probabilities, cosines, strict=True)
+            )
 
     def _autocast(self) -> Any:
         dtype = DTYPES[self.precision]
@@ -255,21 +311,25 @@ def predict(
     images: ImageInput | Iterable[ImageInput],
     *,
     weights: Weights,
-    topk: int = TOPK,
+    texts: Sequence[str] = (),
+    templates: Templates | None = None,
+    topk: int | None = None,
     batch_size: int = BATCH_SIZE,
     device: str = "auto",
     precision: PrecisionName = "auto",
     image_size: int | tuple[int, int] | None = None,
     on_error: Literal["raise", "return"] = "raise",
 ) -> list[Prediction]:
-    """Name what is in images.
+    """Name what is in images: the classes of a classifier, or, with a CLIP, which of some texts fits.
 
     For many calls with one model, or results one by one, make a `Predictor`.
 
     Args:
         images: Paths, folders, patterns, URLs, Pillow images, arrays, tensors, or any iterable of them.
         weights: See `Predictor`, as are all others.
-        topk: Classes to return per image.
+        texts: For a CLIP: what may be seen.
+        templates: What texts are put into.
+        topk: Classes to return per image; default: 5, or 10 texts.
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", ...
         precision: Of the backbone.
@@ -279,11 +339,12 @@ def predict(
     Raises:
         ImageError: An image is broken and `on_error` is "raise".
         ConfigError: The weights are unknown or out of reach.
-        ValueError: No such images, or weights without a classifier.
+        ValueError: No such images, or weights without a classifier, or, for texts, without a text tower.
     """
     predictor = Predictor(
-        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size
-    )
+        weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size,
+        texts=texts, templates=templates,
+    )  # fmt: skip
     return list(checked(predictor(images), on_error))
 
 
@@ -299,8 +360,10 @@ def checked(predictions: Iterable[Prediction], on_error: Literal["raise", "retur
         yield prediction
 
 
-def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None) -> ImageClassifier | Backbone:
-    """The model of an address (of a CLIP its image tower), or the one that is given.
+def load_any(
+    weights: Weights, image_size: int | tuple[int, int] | None = None
+) -> ImageClassifier | Backbone | ClipModel:
+    """The model of an address, or the one that is given.
 
     Raises:
         ConfigError: The weights are unknown or out of reach.
@@ -311,8 +374,13 @@ def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None
             raise ValueError("image_size is for weights that are loaded here; build the model with it instead")
         return weights
     overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
-    model = load_checkpoint(str(weights), **overrides)
-    return model.backbone if isinstance(model, ClipModel) else model
+    return load_checkpoint(str(weights), **overrides)
+
+
+def load_model(weights: Weights, image_size: int | tuple[int, int] | None = None) -> ImageClassifier | Backbone:
+    """As `load_any`, of a CLIP its image tower."""
+    model = load_any(weights, image_size)
+    return image_tower(model) if isinstance(model, ClipModel) else model
 
 
 def backbone_of(model: nn.Module) -> Backbone:
