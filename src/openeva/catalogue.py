@@ -8,14 +8,14 @@ that the list is quick, and complete where an optional package is missing.
 import ast
 import fnmatch
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openeva.checkpoints.pretrained import PRETRAINED
 from openeva.checkpoints.released import PretrainedWeights
-from openeva.config import list_recipes, recipe_folder
+from openeva.config import list_recipes, recipe_folder, validate
 from openeva.registry import FOLDERS, component_module, component_names, did_you_mean
 
 Table = tuple[str, list[str], list[tuple[str, ...]]]
@@ -25,7 +25,7 @@ WEIGHTS_COLUMNS = ("weights", "task", "variant", "parameters", "pixels", "licenc
 
 @dataclass(frozen=True)
 class Variant:
-    """A named architecture of a backbone."""
+    """A named architecture of a backbone, or of a pair of towers ("clip")."""
 
     backbone: str
     name: str
@@ -70,10 +70,16 @@ def components() -> list[tuple[str, str, str]]:
 
 
 def variants() -> list[Variant]:
-    """Every entry of `VARIANTS` of every backbone, with the parameters that it has at its default image size."""
+    """Every entry of `VARIANTS` of every backbone, and every pair of towers, with their parameters at their own size."""
     import torch
 
+    from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel
+
     found = []
+    for name, values in CLIP_VARIANTS.items():
+        with torch.device("meta"):
+            pair = ClipModel(validate(ClipConfig, {"variant": name}, where=name))
+        found.append(Variant("clip", name, sum(p.numel() for p in pair.parameters()), _dimensions(values)))
     for backbone in component_names("backbone"):
         if "VARIANTS" not in _top_level_names(_source("backbone", backbone)):
             continue
@@ -81,8 +87,7 @@ def variants() -> list[Variant]:
         for name, values in module.VARIANTS.items():
             with torch.device("meta"):
                 model = module.Config(variant=name).build()
-            dimensions = ", ".join(f"{key} {value}" for key, value in values.items())
-            found.append(Variant(backbone, name, sum(p.numel() for p in model.parameters()), dimensions))
+            found.append(Variant(backbone, name, sum(p.numel() for p in model.parameters()), _dimensions(values)))
     return sorted(found, key=lambda variant: (variant.backbone, variant.num_parameters))
 
 
@@ -129,6 +134,12 @@ def weights_facts(entry: PretrainedWeights) -> dict[str, Any]:
     facts = {**vars(entry), "task": entry.task, "source": entry.source, "overrides": dict(entry.overrides)}
     facts["published"] = {name: vars(accuracy) for name, accuracy in entry.published.items()}
     return facts
+
+
+def _dimensions(values: Mapping[str, Any]) -> str:
+    """Keys and values; those of a tower in brackets."""
+    texts = (f"{key} ({_dimensions(v)})" if isinstance(v, Mapping) else f"{key} {v}" for key, v in values.items())
+    return ", ".join(texts)
 
 
 def _first_comment(path: Path) -> str:

@@ -266,7 +266,10 @@ def convert(
         str, typer.Argument(help="Run, openeva model folder, weight file of any known layout, or official name.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for openeva, else a file (.safetensors, .pt).")],
-    to: Annotated[Literal["openeva", "official", "timm"], typer.Option(help="Wanted layout.")],
+    to: Annotated[
+        Literal["openeva", "official", "timm", "open_clip"],
+        typer.Option(help="Wanted layout; of a CLIP, timm takes the image tower alone."),
+    ],
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Cast the weights.", show_default="as they are")
     ] = None,
@@ -289,6 +292,7 @@ def convert(
         tuple[int, int] | None, typer.Option(help="Resize positions to this grid.", metavar="ROWS COLUMNS")
     ] = None,
     num_heads: Annotated[int | None, typer.Option(help="Heads, where the weights do not tell.", min=1)] = None,
+    text_heads: Annotated[int | None, typer.Option(help="Of the text tower of a CLIP, likewise.", min=1)] = None,
 ) -> None:
     """Write weights in another layout and account for every tensor.
 
@@ -299,7 +303,8 @@ def convert(
 
     account = write(
         model_path(source), out, to,
-        dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid, num_heads=num_heads,
+        dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid,
+        num_heads=num_heads, text_heads=text_heads,
     )  # fmt: skip
     for line in account.lines():
         say(line)

@@ -18,11 +18,13 @@ from packaging.requirements import Requirement
 
 from openeva import __version__
 from openeva.checkpoints.pretrained import PRETRAINED, VARIABLE, find_local, hub_place, known_name, resolve
-from openeva.checkpoints.weights import find_weights, is_file_address
+from openeva.checkpoints.weights import find_weights, is_file_address, open_clip_facts, split_open_clip_name
 from openeva.config import ComponentConfig, ConfigError, load_config
 from openeva.train import Recipe
 
 LOW_DISK_GIB = 5.0
+STARTS = ("init_from", "init_image", "init_text")
+"""Keys of tasks that name weights to start from."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -162,9 +164,10 @@ def check_recipe(recipe: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
             yield _tried(
                 "weights", f"{path}: {address or component.name}", partial(_look_at_weights, component, address)
             )
-        start = getattr(component, "init_from", None)
-        if isinstance(start, str):
-            yield _tried("weights", f"{path}.init_from: {start}", partial(_look_at_weights, component, start))
+        for key in STARTS:
+            start = getattr(component, key, None)
+            if isinstance(start, str):
+                yield _tried("weights", f"{path}.{key}: {start}", partial(_look_at_start, start))
     yield _tried("output", str(config.run.out), lambda: _look_at_output(config.run.out))
 
 
@@ -229,10 +232,26 @@ def _look_at_weights(component: ComponentConfig, address: str | None) -> str:
         return _look_at_hub(component)
     if address == "random":
         return "drawn from a seed, nothing to fetch"
-    if address != getattr(component, "init_from", None) and hasattr(component, "hub_repository"):
+    if hasattr(component, "hub_repository"):
         here = is_file_address(address) or Path(address).expanduser().is_dir()
         return _look_at_file(address) if here else _look_at_hub(component)
+    return _look_at_start(address)
+
+
+def _look_at_start(address: str) -> str:
+    """Where weights are that training starts from, without loading or fetching them.
+
+    Raises:
+        ConfigError: Neither on this machine nor reachable.
+    """
     name = None if Path(address).expanduser().exists() else known_name(address)
+    other = split_open_clip_name(address)
+    if other is not None and (name is None or find_local(name) is None):
+        facts = open_clip_facts(*other)
+        repository, fix = str(facts.get("hf_hub", "")).strip("/"), "download its file elsewhere and give the path"
+        if not repository:
+            return f"open_clip has it, and fetches it from {facts.get('url')}"
+        return _look_at_repository(repository, fix, lambda cached: cached.name.startswith("open_clip"))
     return _look_at_file(str(resolve(address))) if name is None else _look_at_known(name)
 
 

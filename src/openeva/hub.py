@@ -328,7 +328,7 @@ def _evaluation(facts: _Facts) -> str:
     if facts.entry is not None and facts.entry.published:
         which = "the averaged (EMA) weights" if facts.entry.averaged else "the weights"
         lines += [
-            protocol + (_robustness_protocol(facts) if set(facts.entry.published) - {"imagenet_1k"} else ""),
+            protocol + _exceptions(facts),
             "",
             f"Published by the authors for {which} of the official file at {facts.entry.image_size} pixels (official "
             "README and logs), in percent; **not measured again on this copy**:",
@@ -350,6 +350,14 @@ def _evaluation(facts: _Facts) -> str:
     return "\n".join(lines) or "No measurements are recorded for these weights."
 
 
+def _exceptions(facts: _Facts) -> str:
+    """What else must be known of the protocol of the published numbers."""
+    assert facts.entry is not None
+    if facts.entry.kind == "clip":
+        return " Zero-shot: classes are told by the texts of OpenAI's 80 templates."
+    return _robustness_protocol(facts) if set(facts.entry.published) - {"imagenet_1k"} else ""
+
+
 def _robustness_protocol(facts: _Facts) -> str:
     size = OFFICIAL_SIZES["EVA-02" if _is_eva_02(facts) else "EVA-01"]
     return (
@@ -365,13 +373,14 @@ def _accuracy_row(benchmark: str, accuracy: Accuracy) -> str:
 
 def _eval_result(benchmark: str, accuracy: Accuracy, facts: _Facts) -> EvalResult:
     assert facts.entry is not None
+    zero_shot = facts.entry.kind == "clip"
     return EvalResult(
-        task_type="image-classification",
+        task_type="zero-shot-image-classification" if zero_shot else "image-classification",
         dataset_type=benchmark.replace("_", "-"),
         dataset_name=BENCHMARKS.get(benchmark, benchmark),
         metric_type="accuracy",
         metric_value=accuracy.top1,
-        metric_name="top-1 accuracy (%), published by the authors",
+        metric_name=f"{'zero-shot ' if zero_shot else ''}top-1 accuracy (%), published by the authors",
         source_name="official README and logs",
         source_url=f"https://huggingface.co/{facts.entry.repository}",
     )

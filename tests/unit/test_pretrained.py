@@ -197,7 +197,7 @@ def test_timms_tower_does_not_stand_for_the_whole_clip(folder: Path) -> None:
 
 def test_names_of_open_clip(folder: Path) -> None:
     """Also of models that are none of EVA's: text towers come from there."""
-    with pytest.raises(WeightsError, match=r"open_clip model ViT-H-14:laion2b_s32b_b79k.*give its path"):
+    with pytest.raises(WeightsError, match=r"open_clip model ViT-H-14:laion2b_s32b_b79k.*give the path"):
         resolve("ViT-H-14:laion2b_s32b_b79k")
     with pytest.raises(WeightsError, match=r"open_clip model EVA02-B-16:merged2b_s8b_b131k"):
         resolve("EVA02-B-16:merged2b_s8b_b131k")

@@ -397,7 +397,7 @@ def test_clip_wrong_settings_say_what_is_wrong(tmp_path):
         (timm_backbones.Config(model="vit_tiny_patch16_224"), ["timm model vit_tiny_patch16_224", "weights: /path"]),
         (
             clip_backbones.Config(model="ViT-L-14", pretrained="openai"),
-            ["open_clip model ViT-L-14/openai", "ViT-L-14.pt", "pretrained: /path"],
+            ["open_clip model ViT-L-14:openai", "ViT-L-14.pt", "pretrained: /path"],
         ),
         (
             clip_backbones.Config(model="hf-hub:timm/ViT-B-16-SigLIP"),

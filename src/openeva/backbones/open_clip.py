@@ -40,8 +40,10 @@ from openeva.checkpoints.weights import (
     digest_of_file,
     digest_of_weights,
     fetch,
+    fetch_open_clip,
     find_weights,
     is_file_address,
+    open_clip_facts,
 )
 from openeva.config import ComponentConfig
 from openeva.layers.flops import trace_shapes
@@ -283,13 +285,8 @@ def _load(config: Config) -> tuple[nn.Module, Normalisation, str]:
         identity = f"open_clip:{name or 'openai-layout'}/file-{digest_of_file(path)}"
         return _load_file(name, path), _statistics(name), identity
     assert name is not None
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    path = fetch(
-        lambda: Path(open_clip.download_pretrained(tag)),
-        f"open_clip model {name}/{pretrained}",
-        f"download the file elsewhere ({tag.get('url') or 'hf-hub:' + tag.get('hf_hub', '')}) "
-        "and set `pretrained: /path/to/file` here",
-    )
+    tag = open_clip_facts(name, pretrained)
+    path = fetch_open_clip(name, pretrained, "set `pretrained: /path/to/file` here")
     tower = _load_file(name, path, quick_gelu=tag.get("quick_gelu", False))
     return tower, Normalisation(tuple(tag["mean"]), tuple(tag["std"])), f"open_clip:{name}/{pretrained}"
 

@@ -299,8 +299,6 @@ def find_local(name: str) -> Path | None:
 def hub_place(name: str) -> tuple[str | None, str]:
     """(repository, file) of a name of this table; no repository where the file is not published."""
     entry = PRETRAINED[_OTHERS.get(name, name)]
-    if name in OPEN_CLIP:
-        return f"open_clip, {name}", "whatever it calls it"
     return (f"timm/{name}", MODEL_FILE) if name in TIMM else (entry.repository, entry.file)
 
 

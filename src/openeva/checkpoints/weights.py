@@ -91,25 +91,42 @@ def split_open_clip_name(weights: str) -> tuple[str, str] | None:
     return name, tag
 
 
-def fetch_open_clip(name: str, tag: str) -> Path:
-    """Weight file of one of open_clip's pretrained models, from its cache or its place on the net.
+def open_clip_facts(name: str, tag: str) -> dict[str, Any]:
+    """What open_clip knows about one of its pretrained models: where the file is (`hf_hub` or `url`), statistics.
 
     Raises:
-        WeightsError: open_clip knows no such model or tag, or the file is neither cached nor reachable.
+        WeightsError: No such model or tag.
     """
     import open_clip  # slow to import, and most runs need none of its files
 
-    config: Any = open_clip.get_pretrained_cfg(name, tag)
-    if not config:
-        known = open_clip.list_models()
-        if name not in known:
-            raise WeightsError(f"open_clip has no model {name!r}{did_you_mean(name, known)}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise WeightsError(f"open_clip's {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}")
+    facts: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
+    if facts:
+        return facts
+    known = open_clip.list_models()
+    if name not in known:
+        raise WeightsError(f"open_clip has no model {name!r}{did_you_mean(name, known)}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    raise WeightsError(f"open_clip's {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}")
+
+
+def fetch_open_clip(name: str, tag: str, fix: str = "give the path of the file here") -> Path:
+    """Weight file of one of open_clip's pretrained models, from its cache or its place on the net.
+
+    Args:
+        name: open_clip's name of the model.
+        tag: Which of its weights.
+        fix: What to do with a file that was downloaded elsewhere, for the message.
+
+    Raises:
+        WeightsError: No such model or tag, or the file is neither cached nor reachable.
+    """
+    import open_clip
+
+    facts = open_clip_facts(name, tag)
     return fetch(
-        lambda: Path(open_clip.download_pretrained(config)),
+        lambda: Path(open_clip.download_pretrained(facts)),
         f"open_clip model {name}:{tag}",
-        f"download the file elsewhere ({config.get('url') or 'hf-hub:' + config.get('hf_hub', '')}) and give its path",
+        f"download the file elsewhere ({facts.get('url') or 'hf-hub:' + facts.get('hf_hub', '')}) and {fix}",
     )
 
 
