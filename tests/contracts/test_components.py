@@ -66,6 +66,15 @@ def _texts_beside_images(folder: Path) -> dict[str, Any]:
     return {"root": folder}
 
 
+def _saved_data_set(folder: Path) -> dict[str, Any]:
+    datasets = pytest.importorskip("datasets")
+    _folder_of_images(folder)
+    paths = sorted(map(str, folder.rglob("*.png")))
+    data = datasets.Dataset.from_dict({"image": paths, "text": paths}).cast_column("image", datasets.Image())
+    data.save_to_disk(folder / "saved")
+    return {"dataset": str(folder / "saved")}
+
+
 def _shards(folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for shard in range(2):
@@ -99,6 +108,7 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
     ("eval", "robustness"): lambda folder: {"roots": write_sets(folder), "allow_incomplete": True, "num_workers": 0},
     ("source", "captions"): _captioned_images,
     ("source", "captions+texts beside images"): _texts_beside_images,
+    ("source", "huggingface"): _saved_data_set,
     ("source", "image_folder"): _folder_of_images,
     ("source", "imagenet"): lambda folder: {"set": "v2", "root": write_sets(folder) / V2_FOLDER},
     ("source", "imagenet+objectnet"): lambda folder: {
