@@ -254,7 +254,8 @@ def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -
     for config, needs in zip(recipe.evals, map(needs_of, evals), strict=True):
         if "train" in needs and isinstance(train, Streams):
             problems.append(f"evals: {config.name} needs training images that are files: streams cannot be read twice")
-        for part, data in (("train", train), ("val", val)) if "labels" in needs else ():
+        labelled = {"train": train, "val": val} if "labels" in needs else {"val": val} if "val_labels" in needs else {}
+        for part, data in labelled.items():
             if data is not None and not all(source.num_classes for source in data.sources):
                 problems.append(
                     f"evals: {config.name} needs labels, but data.{part} has none (image_folder: labels=true)"
@@ -271,12 +272,16 @@ def check_evals(recipe: Recipe, evals: list[Evaluation], task: Task) -> None:
         ConfigError: It is of another kind, such as one that does not classify.
         ValueError: One of them does not fit it, as images of other classes.
     """
-    asked = {"logits": "a task that classifies images", "targets": "a task that predicts hidden patches"}
+    asked = {
+        "logits": ("logits", "a task that classifies images"),
+        "targets": ("targets", "a task that predicts hidden patches"),
+        "text": ("encode_text", "a task of images and texts (clip)"),
+    }
     problems = [
-        f"evals: {config.name} needs {asked[need]}, not {recipe.task.name}; remove it"
+        f"evals: {config.name} needs {asked[need][1]}, not {recipe.task.name}; remove it"
         for config, evaluation in zip(recipe.evals, evals, strict=True)
         for need in sorted(needs_of(evaluation) & set(asked))
-        if not hasattr(task, need)
+        if not hasattr(task, asked[need][0])
     ]
     if problems:
         raise ConfigError(problems)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openeva.evals.retrieval import paired, retrieval_metrics
 from openeva.text.prompts import IMAGENET_TEMPLATES, zero_shot_classifier, zero_shot_logits
 from openeva.text.tokenizer import Tokenizer
 from openeva.text.tower import TextConfig
@@ -33,3 +34,13 @@ def test_classifier_made_of_texts(case: Case) -> None:
     case.close(logits_BV, "out.logits")
     right_BK = logits_BV.topk(5).indices == case.tensors["in.targets"][:, None]
     case.close(torch.stack([right_BK[:, 0].float().mean(), right_BK.any(1).float().mean()]), "out.top1_top5")
+
+
+@pytest.mark.parametrize("case", cases("retrieval_metrics"), ids=str)
+def test_ranks_and_recalls_of_pairs(case: Case) -> None:
+    found = retrieval_metrics(paired(case.tensors["in.image_features"], case.tensors["in.text_features"]))
+    ways, tolerance = {"image_to_text": "i2t", "text_to_image": "t2i"}, case.json["tolerance"]
+    for name, expected in case.json["metrics"].items():
+        way = next(way for way in ways if name.startswith(way))
+        key = f"{ways[way]}_{name.removeprefix(way + '_').replace('R@', 'r')}"
+        assert found[key] == pytest.approx(expected, rel=tolerance["rtol"], abs=tolerance["atol"]), name

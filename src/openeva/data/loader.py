@@ -353,6 +353,11 @@ class EvalLoader(_Loader):
         return len(range(self._rank, self.num_samples, self._world_size * self._batch_size))
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the images' classes by label; empty without labels."""
+        return self._source.class_names
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the pixels depend on, as JSON values: samples (as far as the sources can tell), crop and sizes."""
         # what is off is left out, so that caches of versions that did not have it stay valid

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openeva.backbones.base import Backbone
 from openeva.config import ComponentConfig
+from openeva.data.labels import class_names_of
 from openeva.data.loader import EvalLoader
 from openeva.data.mixture import Mixture
 from openeva.data.sources.base import Source
@@ -47,7 +48,8 @@ class Evaluation(Protocol):
 def needs_of(evaluation: Evaluation) -> frozenset[str]:
     """What it asks of the data ("labels", "train": images that can be read by number) and the task.
 
-    "logits" = a task that classifies, "targets" = one that predicts hidden patches.
+    "logits" = a task that classifies, "targets" = one that predicts hidden patches, "text" = one of images and texts;
+    "val_labels" = labels of the held-out images alone.
     """
     return frozenset(getattr(evaluation, "needs", ()))
 
@@ -86,11 +88,12 @@ _found: ContextVar[dict[tuple[int, int], LabelledFeatures] | None] = ContextVar(
 @contextmanager
 def shared_features() -> Iterator[None]:
     """Within this context the weights do not change: features are extracted once, for all evaluations that ask."""
-    token = _found.set({})
+    token, encoded = _found.set({}), _encoded.set({})
     try:
         yield
     finally:
         _found.reset(token)
+        _encoded.reset(encoded)
 
 
 def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
@@ -234,12 +237,18 @@ class OwnImages(ComponentConfig):
     num_workers: int | Literal["auto"] = "auto"
     max_broken: float = Field(0.01, ge=0, le=1, description="share of files that may be unreadable")
 
-    def loader(self, source: Source, image_size: tuple[int, int], crop: CropConfig) -> EvalLoader:
-        """This process's share of a source: over all processes each image comes once."""
+    def loader(
+        self, source: Source, image_size: tuple[int, int], crop: CropConfig, tokenizer: Any = None
+    ) -> EvalLoader:
+        """This process's share of a source: over all processes each image comes once.
+
+        Labels stay the source's own, also where two classes have one name (ImageNet's two missiles).
+        """
         rank, world_size = _process()
         return EvalLoader(
-            Mixture([source], [1.0]), ViewSpec(image_size), crop, batch_size=self.batch_size, rank=rank,
-            world_size=world_size, num_workers=resolve_workers(self.num_workers), max_broken=self.max_broken,
+            Mixture([source], [1.0], class_names_of(source)), ViewSpec(image_size, tokenizer=tokenizer), crop,
+            batch_size=self.batch_size, rank=rank, world_size=world_size,
+            num_workers=resolve_workers(self.num_workers), max_broken=self.max_broken,
         )  # fmt: skip
 
 
@@ -281,31 +290,133 @@ class Tally:
         return Accuracy(round(num_images), round(top1), round(top5), loss / max(num_images, 1))
 
 
-@torch.no_grad()
 def held_out_accuracy(task: Any, loader: Iterable[dict[str, Any]], num_classes: int) -> dict[str, float]:
     """Accuracies (shares) and loss of a task that classifies, each image counted once (collective).
 
     `top1`, `top5` (more than five classes), `mean_class_accuracy`, `held_out_loss`; with two classes, `auc`.
     """
-    device, tally = next(task.parameters()).device, Tally()
+    device = next(task.parameters()).device
+    answers = ((task.logits(batch["image"].to(device)), batch["label"].to(device)) for batch in loader)
+    found = accuracy_of(answers, num_classes, device)
+    metrics = {"top1": found.top1, "held_out_loss": found.loss}
+    if num_classes > 5:
+        metrics["top5"] = found.top5
+    metrics["mean_class_accuracy"] = found.mean_class
+    return metrics if found.auc is None else {**metrics, "auc": found.auc}
+
+
+class Accuracies(NamedTuple):
+    """Over all images with a label of all processes; shares.
+
+    Attributes:
+        num_images: That were counted.
+        top1: The label is the first answer.
+        top5: It is among the first five.
+        mean_class: Mean of the classes' own shares, over those that have images.
+        loss: Mean cross-entropy.
+        auc: Area under the curve, of two classes that both have images.
+    """
+
+    num_images: int
+    top1: float
+    top5: float
+    mean_class: float
+    loss: float
+    auc: float | None = None
+
+
+@torch.no_grad()
+def accuracy_of(
+    answers: Iterable[tuple[Float[Tensor, "B V"], Int[Tensor, "B"]]], num_classes: int, device: torch.device
+) -> Accuracies:
+    """How right a classifier's answers are, each image counted once (collective).
+
+    Args:
+        answers: Logits and labels of this process's batches, on `device`; -1 = no label.
+        num_classes: V.
+        device: Where to count.
+    """
+    tally = Tally()
     right_V, count_V = (torch.zeros(num_classes, device=device) for _ in range(2))
     scores = [torch.empty(0, 2)]
-    for batch in loader:
-        label_B = batch["label"].to(device)
-        logits_BV = task.logits(batch["image"].to(device))
+    for logits_BV, label_B in answers:
         tally.add(logits_BV, label_B[:, None])
-        right_V.index_add_(0, label_B, (logits_BV.argmax(1) == label_B).float())
-        count_V.index_add_(0, label_B, torch.ones_like(label_B, dtype=torch.float32))
+        known_B, row_B = (label_B >= 0).float(), label_B.clamp(min=0)
+        right_V.index_add_(0, row_B, (logits_BV.argmax(1) == label_B).float())
+        count_V.index_add_(0, row_B, known_B)
         if num_classes == 2:
-            scores.append(torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1).cpu())
+            score_B2 = torch.stack([logits_BV[:, 1] - logits_BV[:, 0], label_B.float()], dim=1)
+            scores.append(score_B2[label_B >= 0].cpu())
     found = tally.result()
-    metrics = {"top1": found.top1 / found.num_images, "held_out_loss": found.loss}
-    if num_classes > 5:
-        metrics["top5"] = found.top5 / found.num_images
     seen_V = sum_over_processes(count_V)
-    metrics["mean_class_accuracy"] = (sum_over_processes(right_V) / seen_V)[seen_V > 0].mean().item()
+    per_class_V = sum_over_processes(right_V) / seen_V
+    auc = None
     if num_classes == 2:
-        score_B2 = torch.cat(gather_over_processes(torch.cat(scores))).numpy()
-        if len(np.unique(score_B2[:, 1])) == 2:
-            metrics["auc"] = float(roc_auc_score(score_B2[:, 1], score_B2[:, 0]))
-    return metrics
+        gathered = torch.cat(gather_over_processes(torch.cat(scores))).numpy()
+        if len(np.unique(gathered[:, 1])) == 2:
+            auc = float(roc_auc_score(gathered[:, 1], gathered[:, 0]))
+    number = max(found.num_images, 1)
+    mean_class = per_class_V[seen_V > 0].mean().item() if found.num_images else 0.0
+    return Accuracies(found.num_images, found.top1 / number, found.top5 / number, mean_class, found.loss, auc)
+
+
+# ------------------------------------------------------------------------------------------------ images and texts
+
+
+class EncodedImages(NamedTuple):
+    """This process's share of some images as a model of images and texts sees them.
+
+    Attributes:
+        features: On the CPU, of length 1.
+        labels: -1 = none.
+        numbers: Of the samples.
+        captions: Of each image; empty lists where they are not read.
+        broken: Name -> reason of what could not be read.
+    """
+
+    features: Float[Tensor, "B E"]
+    labels: Int[Tensor, "B"]
+    numbers: Int[Tensor, "B"]
+    captions: list[list[str]]
+    broken: dict[str, str]
+
+
+_encoded: ContextVar[dict[tuple[int, int], EncodedImages] | None] = ContextVar("_encoded", default=None)
+
+
+def encode_images(task: Any, loader: Iterable[dict[str, Any]]) -> EncodedImages:
+    """Features of the images of this process's share of a loader; within `shared_features`, once for all who ask."""
+    found, key = _encoded.get(), (id(task), id(loader))
+    if found is None:
+        return _encode_images(task, loader)
+    if key not in found:
+        found[key] = _encode_images(task, loader)
+    return found[key]
+
+
+@torch.no_grad()
+def _encode_images(task: Any, loader: Iterable[dict[str, Any]]) -> EncodedImages:
+    none = torch.empty(0, dtype=torch.int64)  # a process may have no image
+    features, labels, indices = [torch.empty(0, task.model.embed_dim)], [none], [none]
+    captions: list[list[str]] = []
+    for batch in loader:
+        features.append(F.normalize(task.encode_image(batch["image"]).float(), dim=-1).cpu())
+        labels.append(batch["label"].cpu())
+        indices.append(batch["index"].cpu())
+        captions += batch.get("captions") or [[] for _ in batch["label"]]
+    broken = dict(getattr(loader, "broken", {}))
+    return EncodedImages(torch.cat(features), torch.cat(labels), torch.cat(indices), captions, broken)
+
+
+def text_task(task: Any, evaluation: str) -> Any:
+    """The task, where it encodes images and texts.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not (hasattr(task, "encode_text") and hasattr(task, "encode_image")):
+        raise ValueError(
+            f"evaluation {evaluation} needs a model of images and texts (CLIP), not {type(task).__name__}; remove it"
+            " from `evals`, or use the task clip"
+        )
+    return task

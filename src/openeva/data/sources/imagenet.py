@@ -76,8 +76,11 @@ class ImageNet:
         rows: Of a 1000-way classifier, those that count: 200 ascending indices for A and R; None = all.
         num_classes: 200 for A and R, that of ObjectNet's `own_classes`, else 1000.
         class_names: By label.
+        templates: Name of the texts that the classes are put into.
         identity: Two sources of the same identity have the same images in the same order, with the same labels.
     """
+
+    templates = "imagenet"
 
     def __init__(
         self,
