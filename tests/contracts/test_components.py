@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2e.imagenet_sets import V2_FOLDER, Colours, write_sets
+from e2e.videos import write_video
 from openeva.backbones.base import Backbone, Features
 from openeva.config import ComponentConfig, component_config, dump_yaml, parse_yaml, validate
 from openeva.data.decode import decode, to_rgb
@@ -89,6 +90,28 @@ def _shards(folder: Path) -> dict[str, Any]:
     return {"shards": str(folder / "{000000..000001}.tar"), "num_classes": 3}
 
 
+def _eurosat(folder: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        path = folder / "eurosat" / "2750" / ("Forest", "River")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
+    return {"root": folder}
+
+
+def _clip_benchmark(folder: Path) -> dict[str, Any]:
+    pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
+    return {**_eurosat(folder), "dataset": "eurosat"}
+
+
+def _videos(folder: Path) -> dict[str, Any]:
+    for number in range(4):
+        path = folder / f"class{number % 2}" / f"{number}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        write_video(path, [60 * number + frame for frame in range(9)])
+    return {"root": folder}
+
+
 SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     ("backbone", "vit"): VIT,
     ("backbone", "vit+post norm, relative positions"): {**VIT, "norm_order": "post", "relative_position": "shared"},
@@ -106,6 +129,9 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
     ("task", "clip+sigmoid loss"): {**CLIP, "loss": "sigmoid"},
     ("eval", "linear_probe"): {"folds": 2, "max_iterations": 20},
     ("eval", "robustness"): lambda folder: {"roots": write_sets(folder), "allow_incomplete": True, "num_workers": 0},
+    ("source", "clip_benchmark"): _clip_benchmark,
+    ("source", "torchvision"): lambda folder: {**_eurosat(folder), "dataset": "EuroSAT"},
+    ("source", "video_folder"): _videos,
     ("source", "captions"): _captioned_images,
     ("source", "captions+texts beside images"): _texts_beside_images,
     ("source", "huggingface"): _saved_data_set,
@@ -115,6 +141,7 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
         "set": "objectnet",
         "root": write_sets(folder) / "objectnet-1.0",
         "crop_border": True,
+        "own_classes": True,
     },
     ("source", "image_list"): _list_of_images,
     ("source", "scenes"): {"num_images": 8},
@@ -411,7 +438,8 @@ def test_a_task_can_be_measured_and_recorded(task: Task) -> None:
 def test_an_evaluation_gives_finite_numbers(name: str, tmp_path: Path) -> None:
     evaluation = small_config("eval", name, tmp_path).build()
     assert isinstance(evaluation, Evaluation)
-    task: Any = Colours() if "logits" in needs_of(evaluation) else small_config("task", "pretrain", tmp_path).build()
+    kind = "clip" if "text" in needs_of(evaluation) else "pretrain"
+    task: Any = Colours() if "logits" in needs_of(evaluation) else small_config("task", kind, tmp_path).build()
     task.eval()
     data, crop = scenes(64)
     loader = EvalLoader(data, task.view_spec(train=False), crop, batch_size=16)

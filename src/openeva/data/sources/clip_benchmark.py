@@ -6,7 +6,6 @@ Source: the published zero-shot numbers of EVA-CLIP come from that package (clip
 nothing is fetched unless `download` says so.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +30,11 @@ class Config(SourceConfig):
         Raises:
             ConfigError: The package or the data are missing, or it is no set of images with classes.
         """
-        if importlib.util.find_spec("clip_benchmark") is None:
-            raise ConfigError(["clip_benchmark: the package is not installed: pip install clip-benchmark"])
-        from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
+        try:
+            from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
+        except ImportError as error:
+            text = "pip install clip-benchmark, and what its data sets need"
+            raise ConfigError([f"clip_benchmark: no package {error.name}: {text}"]) from None
 
         root = self.root.expanduser()
         if not root.is_dir() and not self.download:
