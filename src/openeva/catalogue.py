@@ -70,7 +70,7 @@ def components() -> list[tuple[str, str, str]]:
 
 
 def variants() -> list[Variant]:
-    """Every entry of `VARIANTS` of every backbone, and every pair of towers, with their parameters at their own size."""
+    """Every entry of `VARIANTS` of every backbone, and every pair of towers, with its parameters at its own size."""
     import torch
 
     from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel

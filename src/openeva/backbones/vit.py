@@ -207,14 +207,14 @@ TRAINING_KEYS = (
 """Keys that are not part of the architecture, and so are not taken from weights."""
 
 
-def architecture_to_fine_tune(weights: str) -> dict[str, Any]:
+def architecture_to_fine_tune(weights: str, num_heads: int | None = None) -> dict[str, Any]:
     """Keys of a transformer that starts from weights; of released ones without looking at the file.
 
     Fixed sin-cos positions become learned ones, which start from the table (spec section 1.1).
     """
     entry = None if Path(weights).expanduser().exists() else find_entry(weights)
     if entry is None:
-        found = architecture_of(weights)
+        found = architecture_of(weights, num_heads)
     else:
         size = {} if entry.image_size is None else {"image_size": entry.image_size}
         found = {"variant": entry.variant, **VARIANTS[entry.variant], **size, **entry.overrides}

@@ -78,7 +78,7 @@ class Config(TaskConfig):
         if not isinstance(backbone, dict) or backbone.get("name") != "vit":
             return values
         if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
-            backbone = {**architecture_to_fine_tune(values["init_from"]), **backbone}
+            backbone = {**architecture_to_fine_tune(values["init_from"], backbone.get("num_heads")), **backbone}
         norm = values.get("pooling", "mean") != "mean"
         return {**values, "backbone": {"final_norm": norm, "init": "classifier", **backbone}}
 
