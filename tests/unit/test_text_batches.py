@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from openeva.data import loader as module
 from openeva.data.labels import has_captions
 from openeva.data.loader import EvalLoader, TooManyBrokenError, TrainLoader
 from openeva.data.mixture import Mixture, Streams, balanced
@@ -142,6 +143,14 @@ def test_broken_pairs_are_left_out_of_evaluation_with_rows_that_still_belong_tog
     assert [captions[0] for captions in first["captions"]] == [f"way 0 to {i}" for i in (0, 3, 4)]
     assert torch.equal(first["text"], TOKENIZER([captions[0] for captions in first["captions"]]))
     assert (len(second["text"]), set(loader.broken)) == (5, {"1.png", "2.png"})
+
+
+def test_only_so_many_broken_pairs_are_named_but_all_are_counted(monkeypatch):
+    monkeypatch.setattr(module, "MOST_NAMED", 4)
+    loader = train(Pairs(empty=range(1, 24, 2)), max_broken=1)
+    take(loader, 30)
+    assert 4 <= len(loader.broken) < 12
+    assert loader.num_broken == loader.num_read - 120 > 40
 
 
 def test_too_many_broken_pairs_stop_the_run():

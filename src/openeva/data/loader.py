@@ -28,6 +28,9 @@ from openeva.data.subset import few_labels, hold_out, hold_out_listed
 from openeva.data.views import CropConfig, ViewSpec
 from openeva.data.workers import resolve_workers
 
+MOST_NAMED = 10_000
+"""So many broken files are named; a set of billions of pairs has millions of them, which no memory should hold."""
+
 _FEWEST_READS = 1000
 """The share of broken files is judged only after this many reads, or one epoch where that is less."""
 
@@ -157,14 +160,14 @@ class _Loader:
     """What both loaders share: workers, and the count of broken files.
 
     Attributes:
-        broken: Name -> reason of the files that could not be read so far.
+        broken: Name -> reason of the files that could not be read so far, of the first `MOST_NAMED` of them.
+        num_broken: How often a file could not be read so far.
         num_read: Number of files read so far, broken ones included.
     """
 
     def __init__(self, num_workers: int, prefetch: int, max_broken: float, fewest_reads: int) -> None:
         self.broken: dict[str, str] = {}
-        self.num_read = 0
-        self._num_broken_reads = 0
+        self.num_read = self.num_broken = 0
         self._num_workers, self._prefetch = num_workers, prefetch
         self._max_broken, self._fewest_reads = max_broken, fewest_reads
 
@@ -188,14 +191,15 @@ class _Loader:
 
     def _count(self, batch: Batch) -> Batch:
         reasons: list[tuple[str, str]] = batch["broken"]
-        self.broken.update(reasons)
+        if len(self.broken) < MOST_NAMED:
+            self.broken.update(reasons)
         self.num_read += len(batch["index"]) + len(reasons)
-        self._num_broken_reads += len(reasons)
-        too_many = self.num_read >= self._fewest_reads and self._num_broken_reads > self._max_broken * self.num_read
+        self.num_broken += len(reasons)
+        too_many = self.num_read >= self._fewest_reads and self.num_broken > self._max_broken * self.num_read
         if reasons and (too_many or batch.get("unreadable")):
             some = "\n".join(f"  {name}: {reason}" for name, reason in list(self.broken.items())[-20:])
             raise TooManyBrokenError(
-                f"{self._num_broken_reads} of {self.num_read} reads failed, more than max_broken={self._max_broken:g} "
+                f"{self.num_broken} of {self.num_read} reads failed, more than max_broken={self._max_broken:g} "
                 f"allows; remove these files or raise max_broken. {len(self.broken)} files, the last of them:\n{some}"
             )
         batch["broken"] = [name for name, _ in reasons]

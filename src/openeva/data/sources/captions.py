@@ -57,7 +57,8 @@ class Config(SourceConfig):
         split: Take only rows with this value, or one of these, in `split_column`; as in Karpathy's train, restval, val
             and test.
         split_column: Name or number of that column.
-        group: Rows of the same image are captions of one sample; False = every row is a sample of its own.
+        group: Rows of the same image are captions of one sample; False = every row is a sample of its own, and a
+            `holdout` may hold out one of them and train on the others.
         lines: Each line of a `.txt` is a caption of its own.
         header: Whether the first row of a table names the columns; "auto" = it does where no cell of it is an image's
             name.
@@ -284,8 +285,8 @@ def _open_folder(root: Path, lines: bool, progress: Progress | None) -> "Caption
     some = np.linspace(0, len(index) - 1, min(len(index), _LOOKED_AT)).astype(int).tolist()
     if not any(os.path.isfile(_text_beside(index.path_of(number))) for number in some):  # noqa: PTH113 (bytes)
         first = printable(_text_beside(index.path_of(0)))
-        raise ConfigError([f"captions: no .txt beside the images below {root}: {first} does not exist, nor do those of"
-                           f" {len(some)} others; give the captions as a table in `file`"])  # fmt: skip
+        raise ConfigError([f"captions: no .txt beside any of {len(some)} images below {root}: {first} does not exist;"
+                           " write one beside each image, or give the captions as a table in `file`"])  # fmt: skip
     return CaptionedFolder(index, lines)
 
 
