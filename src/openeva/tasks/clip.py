@@ -193,7 +193,6 @@ class ClipTask(Task):
             for batch in micro_batches:
                 states.append(_random_state(batch["image"].device))
                 parts.append(self._features(self.model, batch))
-        torch.clear_autocast_cache()  # it holds weights that were cast without gradients
         # ---- the loss, and its gradients by features and temperature
         image_BE, text_BE = (torch.cat(column).requires_grad_() for column in zip(*parts, strict=True))
         scale_leaf = scale_1.detach().requires_grad_()
