@@ -1,12 +1,12 @@
 """Evaluations without training: of a finished run, or of any weights on data sets of their own.
 
 run folder -> recipe, task with the trained weights, loaders -> `{metric: value}`
-evaluation recipe (weights + evaluations that bring their images) -> `Classifier` -> `Measurement`
+evaluation recipe (weights + evaluations that bring their images) -> `Classifier` or `ImageTextModel` -> `Measurement`
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from openeva.backbones.base import Backbone
 from openeva.checkpoints.load import load_into, read_model
 from openeva.checkpoints.native import is_complete
-from openeva.checkpoints.pretrained import find_entry
-from openeva.config import Config, ConfigError, Eval, find_recipe, load_config, parse_yaml, read_recipe, validate
+from openeva.checkpoints.pretrained import PRETRAINED, find_entry
+from openeva.checkpoints.published_clip import published_retrieval, published_zero_shot
+from openeva.config import (
+    ComponentConfig,
+    Config,
+    ConfigError,
+    Eval,
+    find_recipe,
+    load_config,
+    parse_yaml,
+    read_recipe,
+    validate,
+)
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.data.mixture import HELD_OUT
 from openeva.data.views import ViewSpec, normalise
@@ -29,12 +40,15 @@ from openeva.engine.distributed import World
 from openeva.engine.hardware import environment
 from openeva.engine.log import Record, scanning
 from openeva.engine.precision import Precision, PrecisionName
+from openeva.evals import retrieval, zeroshot
 from openeva.evals.base import Evaluation, check_fit, needs_of
-from openeva.evals.robustness import Comparison, compare
+from openeva.evals.robustness import COLUMNS, Comparison, compare
 from openeva.heads.classifier import ImageClassifier
+from openeva.heads.clip import ClipModel
 from openeva.inference.classes import class_names
 from openeva.models import load_checkpoint, transforms_for
 from openeva.tasks.base import Task
+from openeva.text.tokenizer import Tokenizer
 from openeva.train import Recipe, build_task, evaluate_all, held_out_loaders, prepare, train_loader
 
 
@@ -106,7 +120,9 @@ def evaluate(run: Path, evals: Sequence[str] | None = None, *, console: Console 
     return _evaluate(run, evals, console)[0]
 
 
-def _evaluate(run: Path, evals: Sequence[str] | None, console: Console | None) -> tuple[Record, OpenRun, list[str]]:
+def _evaluate(
+    run: Path, evals: Sequence[str] | None, console: Console | None
+) -> tuple[Record, OpenRun, list[Evaluation]]:
     opened = open_run(run, console=console)
     if "val" not in opened.held_out:
         raise ValueError(f"{run} has no held-out data: its recipe gives neither data.val nor data.holdout")
@@ -115,7 +131,7 @@ def _evaluate(run: Path, evals: Sequence[str] | None, console: Console | None) -
     built = [config.build() for config in configs]
     check_fit(built, opened.task)
     record = evaluate_all(opened.task, built, opened.held_out, precision)
-    return record, opened, _notes(built, opened.task)
+    return record, opened, built
 
 
 class _Evals(Config):
@@ -163,6 +179,8 @@ class Measurement:
         notes: What a reader should know.
         facts: Settings and machine, for the file.
         file: Where it is written as JSON; None in processes that do not write.
+        zero_shot: Table of zero-shot classification.
+        retrieval: Table of retrieval.
     """
 
     weights: str
@@ -171,19 +189,31 @@ class Measurement:
     notes: list[str]
     facts: Record
     file: Path | None
+    zero_shot: list[zeroshot.Row] = field(default_factory=list)
+    retrieval: list[retrieval.Row] = field(default_factory=list)
+
+    def tables(self) -> list[tuple[Sequence[str], list[tuple[str, ...]]]]:
+        """What was measured as columns and rows of text."""
+        all_tables = ((COLUMNS, self.rows), (zeroshot.COLUMNS, self.zero_shot), (retrieval.COLUMNS, self.retrieval))
+        return [(columns, [row.cells() for row in rows]) for columns, rows in all_tables if rows]
 
     def other_metrics(self) -> Record:
-        """Those that the table does not show."""
-        shown = [
-            n for n in self.metrics if n in {"mean", "gap"} or n.startswith(("imagenet_", "objectnet", "standard_"))
-        ]
-        return {name: value for name, value in self.metrics.items() if not self.rows or name not in shown}
+        """Those that the tables do not show."""
+
+        def shown(name: str) -> bool:
+            if "zeroshot_" in name or "retrieval_" in name:
+                return bool(self.zero_shot if "zeroshot_" in name else self.retrieval)
+            of_robustness = name in {"mean", "gap"} or name.startswith(("imagenet_", "objectnet", "standard_"))
+            return bool(self.rows) and of_robustness
+
+        return {name: value for name, value in self.metrics.items() if not shown(name)}
 
     def write(self, file: Path) -> None:
         """Write everything as JSON."""
         content = {
             "weights": self.weights, "metrics": self.metrics, "table": [row._asdict() for row in self.rows],
-            "notes": self.notes, **self.facts,
+            "zero_shot": [row._asdict() for row in self.zero_shot],
+            "retrieval": [row._asdict() for row in self.retrieval], "notes": self.notes, **self.facts,
         }  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -218,7 +248,11 @@ def load_recipe(
             find_recipe(name)
         except ConfigError as error:
             raise ConfigError([f"{name} is neither the folder of a run nor a recipe: {error.problems[0]}"]) from None
-    changes = [] if imagenet is None else [f"evals.0.roots={json.dumps(str(imagenet))}"]
+    changes = []
+    if imagenet is not None:
+        first = read_recipe(find_recipe(name or DEFAULT_RECIPE)).get("evals") or [{}]
+        key = "roots.imagenet" if isinstance(first[0], dict) and first[0].get("name") == "zeroshot" else "roots"
+        changes = [f"evals.0.{key}={json.dumps(str(imagenet))}"]
     if weights is not None:
         out = Path("runs") / f"evaluation-{Path(weights).stem}"
         changes += [f"weights={json.dumps(weights)}", f"run.out={json.dumps(str(out))}"]
@@ -254,6 +288,69 @@ class Classifier(nn.Module):
         return self.model(normalise(image_BCYX, statistics.mean, statistics.std)).float()
 
 
+class ImageTextModel(nn.Module):
+    """A trained CLIP as evaluations ask for it, without a task: there is nothing to train.
+
+    Attributes:
+        crop: How these weights want images cut.
+    """
+
+    def __init__(self, model: ClipModel) -> None:
+        super().__init__()
+        self.model = model
+        self.crop = transforms_for(model).evaluate.crop
+
+    @property
+    def backbone(self) -> Backbone:
+        """The image encoder."""
+        return self.model.backbone
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Makes token ids of captions."""
+        return self.model.tokenizer
+
+    def view_spec(self, *, train: bool) -> ViewSpec:
+        """Images of the image tower's size."""
+        return ViewSpec(self.backbone.image_size)
+
+    @torch.no_grad()
+    def encode_image(self, image_BCYX: UInt8[Tensor, "B C Y X"]) -> Float[Tensor, "B E"]:
+        """Features of images as the loader gives them, not normalised; not of length 1."""
+        weight, statistics = next(self.parameters()), self.backbone.normalisation
+        image_BCYX = image_BCYX.to(weight.device)
+        return self.model.encode_image(normalise(image_BCYX, statistics.mean, statistics.std, weight.dtype)).float()
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B E"]:
+        """Features of texts, not of length 1."""
+        return self.model.encode_text(texts).float()
+
+
+def open_model(weights: str, needs: Collection[str], **overrides: Any) -> "Classifier | ImageTextModel":
+    """What evaluations of these needs ("logits", "text") can measure, by the address of its weights.
+
+    Raises:
+        ConfigError: Unknown keys, or the weights hold no text tower where one is asked for.
+        WeightsError: Nothing there.
+        ValueError: They do not fit, or hold no classifier where one is asked for.
+    """
+    model = load_checkpoint(weights, **overrides)
+    if "text" not in needs:
+        return _classifier(model, weights)
+    if not isinstance(model, ClipModel):
+        names = " or ".join(name for name, entry in PRETRAINED.items() if entry.clip and entry.open_clip)
+        raise ConfigError([
+            f"weights {weights} hold no text tower, which zero-shot classification and retrieval need; give those of a"
+            f" CLIP: a run of the task clip, or {names}"
+        ])  # fmt: skip
+    if "logits" in needs:
+        raise ConfigError([
+            "evals: zeroshot and retrieval measure a CLIP, topk and robustness a classifier: one recipe for each"
+        ])  # fmt: skip
+    return ImageTextModel(model)
+
+
 def open_classifier(weights: str, **overrides: Any) -> Classifier:
     """A classifier by the address of its weights; `overrides` are keys of the transformer.
 
@@ -262,10 +359,15 @@ def open_classifier(weights: str, **overrides: Any) -> Classifier:
         WeightsError: Nothing there.
         ValueError: They do not fit, or hold no classifier.
     """
-    model = load_checkpoint(weights, **overrides)
+    return _classifier(load_checkpoint(weights, **overrides), weights)
+
+
+def _classifier(model: nn.Module, weights: str) -> Classifier:
     if not isinstance(model, ImageClassifier):
+        clip = isinstance(model, ClipModel)
+        hint = "; a CLIP is measured by evaluate/zeroshot_suite and evaluate/retrieval" if clip else ""
         raise ValueError(
-            f"weights {weights} hold no classifier; evaluate ones that were fine-tuned (`openeva list --weights`)"
+            f"weights {weights} hold no classifier; evaluate ones that were fine-tuned (`openeva list --weights`){hint}"
         )
     origin = getattr(model, "origin", None)
     return Classifier(model, class_names(model.num_classes, origin.config if origin else None).names)
@@ -287,11 +389,12 @@ def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measure
     world = distributed.start(recipe.run.device, tf32=recipe.run.precision != "fp32")
     try:
         evals: list[Evaluation] = [config.build() for config in recipe.evals]  # first: it looks for the data
-        unfit = [c.name for c, e in zip(recipe.evals, evals, strict=True) if needs_of(e) - {"logits"}]
+        unfit = [c.name for c, e in zip(recipe.evals, evals, strict=True) if _needs_a_run(c, e)]
         if unfit:
-            text = "measured on the images of a run: evaluate a run, or give it images of its own (topk: source)"
+            text = "measured on the images of a run: evaluate a run, or give it images of its own (key `source`)"
             raise ConfigError([f"evals: {name} is {text}" for name in unfit])
-        task = open_classifier(recipe.weights, **recipe.backbone).to(world.device).eval()
+        needs = frozenset().union(*map(needs_of, evals))
+        task = open_model(recipe.weights, needs, **recipe.backbone).to(world.device).eval()
         if console is not None and world.is_main:
             report = getattr(task.model, "load_report", None)
             for line in (f"{recipe.weights} on {world.size} x {world.device}", *(report.lines() if report else ())):
@@ -306,7 +409,7 @@ def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measure
                 metrics.update(evaluation.run(task, {}))
         notes = _notes(evals, task)
         facts = {"recipe": recipe.model_dump(mode="json"), **_machine(world)}
-        return _finished(recipe.weights, metrics, notes, facts, recipe.run.out, world)
+        return _finished(recipe.weights, metrics, evals, notes, facts, recipe.run.out, world)
     finally:
         distributed.stop()
 
@@ -318,9 +421,15 @@ def measure_run(run: Path, evals: Sequence[str] | None = None, *, console: Conso
         ConfigError: Not a run folder.
         ValueError: The run has no held-out data.
     """
-    metrics, opened, notes = _evaluate(run, evals, console)
+    metrics, opened, done = _evaluate(run, evals, console)
     facts = {"recipe": opened.recipe.model_dump(mode="json"), **_machine(opened.world)}
-    return _finished(str(run), metrics, notes, facts, run, opened.world)
+    return _finished(str(run), metrics, done, _notes(done, opened.task), facts, run, opened.world)
+
+
+def _needs_a_run(config: ComponentConfig, evaluation: Evaluation) -> bool:
+    """Whether an evaluation asks for the data of a run, or would measure its held-out images."""
+    own = getattr(config, "source", None) is not None or bool(getattr(config, "roots", None))
+    return bool(needs_of(evaluation) - {"logits", "text"}) or not own
 
 
 def _notes(evals: Sequence[Evaluation], task: Any) -> list[str]:
@@ -331,9 +440,22 @@ def _machine(world: World) -> Record:
     return {"environment": environment(world.device), "processes": world.size}
 
 
-def _finished(weights: str, metrics: Record, notes: list[str], facts: Record, out: Path, world: World) -> Measurement:
+def _finished(
+    weights: str,
+    metrics: Record,
+    evals: Sequence[Evaluation],
+    notes: list[str],
+    facts: Record,
+    out: Path,
+    world: World,
+) -> Measurement:
     file = out / RESULTS_FILE if world.is_main else None
-    done = Measurement(weights, metrics, compare(metrics, published_row(weights)), notes, facts, file)
+    accuracies, recalls = published_zero_shot(weights), published_retrieval(weights)
+    done = Measurement(
+        weights, metrics, compare(metrics, published_row(weights)), notes, facts, file,
+        [row for one in evals if isinstance(one, zeroshot.ZeroShot) for row in one.rows(metrics, accuracies)],
+        [row for one in evals if isinstance(one, retrieval.Retrieval) for row in one.rows(metrics, recalls)],
+    )  # fmt: skip
     if file is not None:
         done.write(file)
     return done

@@ -34,6 +34,9 @@ from openeva.engine.distributed import gather_over_processes, merge_over_process
 from openeva.evals.base import OwnImages, encode_images, own_crop, text_task
 
 RECALLS = (1, 5, 10)
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+COLUMNS = ("search", "R@1 %", "R@5 %", "R@10 %", "mean rank", "median rank", "published", "difference")
+"""Of `Row.cells`."""
 _CELLS = 1 << 24
 """So many cosines at a time: 64 MiB."""
 TIE = 1e-6
@@ -117,6 +120,42 @@ class Retrieval:
             return []
         some = "; ".join(f"{name}: {reason}" for name, reason in list(self.broken.items())[:5])
         return [f"{len(self.broken)} images could not be read, or have no caption, and were left out: {some}"]
+
+    def rows(self, metrics: Mapping[str, float], published: Mapping[str, float]) -> list["Row"]:
+        """The table of what was measured.
+
+        Args:
+            metrics: Of `run`.
+            published: Of the same weights, recalls in percent, such as `coco_t2i_r5`; `prefix` names the data set.
+        """
+        rows, start = [], f"{self.config.prefix}retrieval_"
+        for way, title in WAYS.items():
+            recalls = [100 * metrics[f"{start}{way}_r{number}"] for number in RECALLS]
+            theirs = [published.get(f"{self.config.prefix}{way}_r{number}") for number in RECALLS]
+            mean, median = (metrics[f"{start}{way}_{kind}_rank"] for kind in ("mean", "median"))
+            rows.append(Row(f"{self.config.prefix.rstrip('_')} {title}".strip(), recalls, mean, median, theirs))
+        return rows
+
+
+class Row(NamedTuple):
+    """One line of the table: recalls at 1, 5, 10 in percent, ranks from 1."""
+
+    title: str
+    recalls: list[float]
+    mean_rank: float
+    median_rank: float
+    published: list[float | None]
+
+    def cells(self) -> tuple[str, ...]:
+        """As text."""
+        known = [value for value in self.published if value is not None]
+        published = " / ".join("–" if value is None else f"{value:.2f}" for value in self.published) if known else ""
+        pairs = zip(self.recalls, self.published, strict=True)
+        difference = " / ".join("–" if value is None else f"{recall - value:+.2f}" for recall, value in pairs)
+        return (
+            self.title, *(f"{value:.2f}" for value in self.recalls), f"{self.mean_rank:.1f}",
+            f"{self.median_rank:.0f}", published, difference if known else "",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

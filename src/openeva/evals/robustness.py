@@ -272,6 +272,10 @@ PROCESSES = 8
 """Of the official evaluations; ReaL's took one."""
 
 
+COLUMNS = ("set", "top-1 %", "top-5 %", "right", "published", "against it")
+"""Of `Comparison.cells`."""
+
+
 class Comparison(NamedTuple):
     """One row of the table.
 

@@ -6,6 +6,7 @@ Source: the published zero-shot numbers of EVA-CLIP come from that package (clip
 nothing is fetched unless `download` says so.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +44,11 @@ class Config(SourceConfig):
         if get_dataset_default_task(self.dataset) != "zeroshot_classification":
             text = "has captions or sentences, not classes; use the source captions and the evaluation retrieval"
             raise ConfigError([f"clip_benchmark: {self.dataset} {text}"])
+        options: dict[str, Any] = {"transform": None, "split": self.split, "download": self.download}
         try:
-            data = build_dataset(self.dataset, root=str(root), transform=None, split=self.split, download=self.download)
+            with warnings.catch_warnings():  # that a split is ignored, where a set has none
+                warnings.simplefilter("ignore")
+                data = build_dataset(self.dataset, root=str(root), **options)
         except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
             raise ConfigError([f"clip_benchmark: {self.dataset} in {root}: {error or type(error).__name__}"]) from None
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
