@@ -87,7 +87,8 @@ def assert_equal_features(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_an_official_file_comes_back_as_it_was(tmp_path: Path, layout: str, container: str) -> None:
     source = write(tmp_path / "clip.pt", CONTAINERS[container](official(layout=layout, dtype=torch.float16)))
-    convert(source, tmp_path / "ours", "openeva", num_heads=HEADS)
+    report = convert(source, tmp_path / "ours", "openeva", num_heads=HEADS)
+    assert all("rope" in key for key, why in report.kept.items() if "for the way back" in why)  # every weight was taken
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     assert {key.split(".")[0] for key in ours} == {"backbone", "text", "logit_scale"}
     assert ours["logit_scale"].shape == (1,)

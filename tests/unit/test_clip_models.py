@@ -193,6 +193,7 @@ def test_load_checkpoint_makes_a_classifier_where_asked(folder: Path) -> None:
     model = openeva.load_checkpoint(name, num_classes=EMBED, pooling="cls")
     assert isinstance(model, ImageClassifier)
     assert set(model.load_report.fresh) == {"classifier.weight", "classifier.bias"}
+    assert model.backbone.projection is None
     tower = openeva.load_checkpoint(name, num_classes=0)
     assert isinstance(tower, VisionTransformer)
     assert tower.width == EMBED  # with its projection

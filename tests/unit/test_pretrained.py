@@ -15,6 +15,8 @@ from torch import nn
 import openeva
 from openeva.backbones.base import STATISTICS
 from openeva.backbones.vit import VARIANTS, Config
+from openeva.checkpoints.clip import infer_text_config
+from openeva.checkpoints.detect import infer_vit_config
 from openeva.checkpoints.native import model_path
 from openeva.checkpoints.pretrained import OPEN_CLIP, PRETRAINED, TIMM, VARIABLE, find_entry, resolve
 from openeva.checkpoints.released import PretrainedWeights
@@ -85,6 +87,21 @@ def test_timm_agrees_or_differs_where_we_say_so(tag: str) -> None:
 
 def test_every_classifier_of_the_family_in_timm_is_in_the_table() -> None:
     assert set(timm.list_pretrained("eva*")) == set(TIMM)
+
+
+@pytest.mark.parametrize("name", [name for name in CLIP_VARIANTS if "micro" not in name])
+def test_shapes_tell_the_whole_pair(name: str) -> None:
+    """At full size: heads, and for EVA-02 E the order of norms, which no shape tells but that of no other model."""
+    with torch.device("meta"):
+        pair = ClipModel(validate(ClipConfig, {"variant": name}, where=name))
+    weights = {key: torch.ones(1).expand(tensor.shape) for key, tensor in pair.state_dict().items()}
+    found = infer_vit_config(weights)
+    assert infer_text_config(weights) == {key: getattr(pair.config.text, key) for key in TEXT_KEYS}
+    assert found.pop("layer_scale", None) == (1.0 if name == "eva01_clip_b_16" else None)  # that there is one
+    expected = pair.config.backbone.model_dump()
+    assert found == {key: expected[key] for key in found}
+    told = {"width", "depth", "num_heads", "mlp_hidden", "image_size", "patch_size", "projection", "qkv_bias"}
+    assert told | ({"norm_order"} if "_e_14" in name else set()) <= set(found)
 
 
 def test_every_eva_clip_of_open_clip_is_in_the_table() -> None:
