@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from openeva.tasks.clip import ClipTask
 from torch import Tensor
 
 from alternate import free, time_steps
 from clips import flops, make_batch, open_clip_step, open_clips, our_step, ours, same_size
 from openeva.engine.hardware import memory_gib, peak_flops
 from openeva.engine.precision import Precision
+from openeva.tasks.clip import ClipTask
 
 CLIP_MODEL, TINY_MODEL = "eva01_clip_g_14", "eva_clip_ti_16"
 BATCHES = (32, 64, 128, 256, 512, 1024, 2048)

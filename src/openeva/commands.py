@@ -1,16 +1,21 @@
-"""The commands that put a model to use: `openeva predict | export | push`; `cli.py` makes them part of `openeva`.
+"""Commands that put a model to use: `openeva predict | search | export | push`; `cli.py` makes them part of `openeva`.
 
 arguments -> one function per command -> `inference`, `export`, `hub`, imported inside it so that `--help` stays fast
 """
 
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from openeva.terminal import EXIT_FAILED, say, stdout, table
+
+if TYPE_CHECKING:
+    from openeva.inference import Index
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -42,7 +47,7 @@ def predict(
     kind: Annotated[
         Literal["attention", "relevance"] | None,
         typer.Option(
-            "--map", help="What the picture shows.", show_default="relevance for mean pooling, else attention"
+            "--map", help="What the picture shows.", show_default="relevance for mean pooling and texts, else attention"
         ),
     ] = None,
     features: Annotated[Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file.")] = None,
@@ -104,6 +109,108 @@ def predict(
     if failed:
         say(f"{failed} of {len(job.images)} images could not be read", error=True)
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, searched at any depth.")],
+    queries: Annotated[
+        list[str] | None, typer.Argument(metavar="[QUERY]...", help="What is looked for.", show_default=False)
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Find what looks like this, alone or with queries.", show_default=False)
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="Each query by itself, not all together.")] = False,
+    top: Annotated[int, typer.Option(help="Most images to show.", min=1)] = 20,
+    threshold: Annotated[float | None, typer.Option(help="Least score (cosine), such as 0.25.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A CLIP: official name, run, model folder or file.",
+            show_default="those of the index, or EVA02_CLIP_B_psz16_s8B",
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of the index.", show_default="in the cache, not in DIR")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update/--no-update", help="Take in new and changed images before searching.")
+    ] = True,
+    html: Annotated[Path | None, typer.Option(help="Write a page of pictures of what is found.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File for JSON or CSV, whichever it ends in.", show_default="standard output")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read images.", min=1, show_default="one per processor")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the image tower.")] = "auto",
+) -> None:
+    """Find images of a folder by what a text says, or by what another image shows.
+
+    The first time all images are encoded (an index), later only new and changed ones; what was done before Ctrl-C is
+    kept. Without a query the index is made, and that is all. Exit status 1 says that an image could not be read.
+    """
+    from openeva.inference import Index, contact_sheet, found, output
+
+    query = found.Query(queries or [], image or [], each=each, top=top, threshold=threshold)
+    written_as = output.format_of(out, json=json, csv=csv)
+    searched = Index(
+        folder, weights=weights, place=index, batch_size=batch_size, device=device, precision=precision,
+        num_readers=workers,
+    )  # fmt: skip
+    failed = update and _update(searched)
+    answers = query.answers(searched) if query else []
+    if answers and written_as is not None:
+        found.write(written_as, answers, out or sys.stdout)
+    for answer in answers if written_as is None else ():
+        if answer.hits:
+            stdout().print(table(answer.query, ["rank", "score", "image"], answer.rows()))
+        else:
+            say(f"{answer.query}: nothing was found")
+    if answers and html is not None:
+        note = f"{len(searched):,} images searched with {searched.weights}"
+        contact_sheet.write_contact_sheet(html, folder.expanduser(), answers, like=image or [], note=note)
+    for place in (out, html):
+        if answers and place is not None:
+            say(f"written: {place}", error=written_as is not None, style="dim")
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _update(index: "Index") -> bool:
+    """Bring an index up to date and tell about it; True where an image was found to be broken."""
+    from openeva.engine.log import counting
+
+    done_before_stop = 0
+    with ExitStack() as stack:
+        progress: Callable[[int], None] | None = None
+
+        def finished(done: int, total: int, broken: str | None) -> None:
+            nonlocal progress, done_before_stop
+            if done == 1:
+                progress = stack.enter_context(counting(Console(stderr=True), "indexing", total))
+            done_before_stop = done
+            if broken is not None:
+                say(f"broken image: {broken}", error=True)
+            if progress is not None:
+                progress(done)
+
+        try:
+            done = index.update(finished)
+        except KeyboardInterrupt:
+            stack.close()
+            say(
+                f"{done_before_stop:,} images were encoded and are kept; the same command goes on from there",
+                error=True,
+            )
+            raise
+    for line in done.lines():
+        say(line, error=True, style="dim")
+    return bool(done.broken)
 
 
 @app.command()

@@ -180,7 +180,7 @@ class Measurement:
         facts: Settings and machine, for the file.
         file: Where it is written as JSON; None in processes that do not write.
         zero_shot: Table of zero-shot classification.
-        retrieval: Table of retrieval.
+        recall: Table of retrieval.
     """
 
     weights: str
@@ -190,11 +190,11 @@ class Measurement:
     facts: Record
     file: Path | None
     zero_shot: list[zeroshot.Row] = field(default_factory=list)
-    retrieval: list[retrieval.Row] = field(default_factory=list)
+    recall: list[retrieval.Row] = field(default_factory=list)
 
     def tables(self) -> list[tuple[Sequence[str], list[tuple[str, ...]]]]:
         """What was measured as columns and rows of text."""
-        all_tables = ((COLUMNS, self.rows), (zeroshot.COLUMNS, self.zero_shot), (retrieval.COLUMNS, self.retrieval))
+        all_tables = ((COLUMNS, self.rows), (zeroshot.COLUMNS, self.zero_shot), (retrieval.COLUMNS, self.recall))
         return [(columns, [row.cells() for row in rows]) for columns, rows in all_tables if rows]
 
     def other_metrics(self) -> Record:
@@ -202,7 +202,7 @@ class Measurement:
 
         def shown(name: str) -> bool:
             if "zeroshot_" in name or "retrieval_" in name:
-                return bool(self.zero_shot if "zeroshot_" in name else self.retrieval)
+                return bool(self.zero_shot if "zeroshot_" in name else self.recall)
             of_robustness = name in {"mean", "gap"} or name.startswith(("imagenet_", "objectnet", "standard_"))
             return bool(self.rows) and of_robustness
 
@@ -213,7 +213,7 @@ class Measurement:
         content = {
             "weights": self.weights, "metrics": self.metrics, "table": [row._asdict() for row in self.rows],
             "zero_shot": [row._asdict() for row in self.zero_shot],
-            "retrieval": [row._asdict() for row in self.retrieval], "notes": self.notes, **self.facts,
+            "retrieval": [row._asdict() for row in self.recall], "notes": self.notes, **self.facts,
         }  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")

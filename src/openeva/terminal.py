@@ -8,7 +8,7 @@ from rich.text import Text
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 NUMBERS = {
-    "parameters", "pixels", "top-1", "probability", "top-1 %", "top-5 %", "right", "published", "cosine",
+    "parameters", "pixels", "top-1", "probability", "top-1 %", "top-5 %", "right", "published", "cosine", "score",
     "mean per class %", "images", "difference", "R@1 %", "R@5 %", "R@10 %", "mean rank", "median rank",
 }  # fmt: skip
 """Columns of numbers, which stand to the right."""

@@ -293,7 +293,7 @@ def test_of_several_processes_one_scans(tmp_path: Path, cache: Path) -> None:
     put(tmp_path, "1.jpg", "2.jpg")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    with file_index._locked(
+    with file_index.locked(
         index_path([tmp_path], IMAGE_EXTENSIONS)
     ):  # all of them have asked before the first may scan
         workers = [context.Process(target=_scan_slowly, args=(tmp_path, queue)) for _ in range(3)]

@@ -15,7 +15,7 @@ processes.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,8 @@ from torch.optim.adam import adam
 Rule = Literal["deepspeed", "nvlamb"]
 
 MIN_RATIO, MAX_RATIO = 0.01, 10.0
+ELEMENTS_AT_A_TIME = 2**23
+"""Steps are computed for tensors of so many elements together, so that they need little memory beside the state."""
 
 
 class Lamb(torch.optim.Optimizer):
@@ -69,7 +71,8 @@ class Lamb(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike.setdefault(_sharding(parameter), []).append(parameter)
             for parameters in alike.values():
-                self._step(parameters, group)
+                for some in _in_turn(parameters):
+                    self._step(some, group)
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
@@ -105,6 +108,17 @@ class Lamb(torch.optim.Optimizer):
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
+
+
+def _in_turn(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in lists of not much more than `ELEMENTS_AT_A_TIME`; of sharded ones alike on all processes."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(t.numel() for t in some) + tensor.numel() > ELEMENTS_AT_A_TIME:
+            yield some
+            some = []
+        some.append(tensor)
+    yield some
 
 
 def _ratios(weights: list[Tensor], changes: list[Tensor], like: Tensor, group: dict[str, Any]) -> Tensor:

@@ -44,10 +44,12 @@ class FoundImage:
     Attributes:
         source: Path, URL, or "image 3" for one from memory.
         open: Reads it; may raise anything that a broken file can cause.
+        path: Of a file; None for others.
     """
 
     source: str
     open: Callable[[], RGB]
+    path: bytes | None = None
 
     def read(self) -> RGB:
         """RGB pixels, uint8 `[Y, X, 3]`.
@@ -127,18 +129,21 @@ def _found_at(address: str | Path) -> list[FoundImage] | str:
     path = Path(text).expanduser()
     if path.is_dir():
         files = [folder.path + b"/" + name for folder in scan(path, IMAGE_EXTENSIONS) for name in folder.names]
-        return [_file(file) for file in files] or f"{text}: no images in this folder ({', '.join(IMAGE_EXTENSIONS)})"
+        return [
+            file_image(file) for file in files
+        ] or f"{text}: no images in this folder ({', '.join(IMAGE_EXTENSIONS)})"
     if path.exists():
-        return [_file(os.fsencode(path))]
+        return [file_image(os.fsencode(path))]
     if glob.has_magic(text):
         suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
         hits = sorted(hit for hit in glob.glob(str(path), recursive=True) if hit.lower().endswith(suffixes))  # noqa: PTH207
-        return [_file(os.fsencode(hit)) for hit in hits] or f"{text}: no image fits this pattern"
+        return [file_image(os.fsencode(hit)) for hit in hits] or f"{text}: no image fits this pattern"
     return f"{text}: no such file or folder"
 
 
-def _file(path: bytes) -> FoundImage:
-    return FoundImage(printable(path), lambda: decode(Path(os.fsdecode(path)).read_bytes()))
+def file_image(path: bytes) -> FoundImage:
+    """The image in a file, whose name need not be valid UTF-8."""
+    return FoundImage(printable(path), lambda: decode(Path(os.fsdecode(path)).read_bytes()), path)
 
 
 def _read_url(url: str) -> RGB:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from openeva.backbones.base import Features
 from openeva.heads.classifier import ImageClassifier
+from openeva.inference.texts import TextClassifier
 
 MapKind = Literal["attention", "relevance"]
 
@@ -163,5 +164,9 @@ MAPS: dict[MapKind, Callable[..., HeatMaps]] = {
 
 
 def natural_map(model: ImageClassifier) -> MapKind:
-    """The kind that fits how a model pools: mean pooling has no query whose attention would explain a class."""
-    return "relevance" if model.pooling == "mean" else "attention"
+    """The kind that fits how a model pools.
+
+    Mean pooling has no query whose attention would explain a class, and attention does not depend on the text that a
+    CLIP compares with.
+    """
+    return "relevance" if model.pooling == "mean" or isinstance(model, TextClassifier) else "attention"

@@ -130,6 +130,11 @@ def write(format_: Format, predictions: Iterable[Prediction], place: Path | Text
         texts: The classes are texts, which have cosines too.
     """
     pieces = as_json(predictions) if format_ == "json" else as_csv(predictions, texts=texts)
+    put(pieces, place)
+
+
+def put(pieces: Iterable[str], place: Path | TextIO) -> None:
+    """Write text to a file, which appears whole at the end, or to a stream as it comes."""
     if isinstance(place, Path):
         write_atomically(place, lambda file: _write_pieces(file, pieces))
     else:
@@ -153,13 +158,13 @@ def as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
 def as_csv(predictions: Iterable[Prediction], *, texts: bool = False) -> Iterator[str]:
     """CSV with a header, a row per guess; a broken image has one row with its error."""
     columns = CSV_COLUMNS_TEXTS if texts else CSV_COLUMNS
-    yield _csv_row(columns)
+    yield csv_row(columns)
     for prediction in predictions:
         if prediction.error is not None:
-            yield _csv_row((prediction.source, *[""] * (len(columns) - 2), prediction.error))
+            yield csv_row((prediction.source, *[""] * (len(columns) - 2), prediction.error))
         for rank, guess in enumerate(prediction.top, start=1):
             cosine = [] if guess.cosine is None else [f"{guess.cosine:.6g}"]
-            yield _csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", *cosine, ""))
+            yield csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", *cosine, ""))
 
 
 def as_rows(predictions: Iterable[Prediction]) -> Iterator[tuple[str, ...]]:
@@ -184,7 +189,8 @@ def _guess(guess: Guess) -> dict[str, Any]:
     return {"class": guess.index, "name": guess.name, "probability": round(guess.probability, 6), **cosine}
 
 
-def _csv_row(values: Sequence[object]) -> str:
+def csv_row(values: Sequence[object]) -> str:
+    """A line of CSV."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue()

@@ -3,9 +3,7 @@
 `Look` -> tiles (JPEG or PNG as data URLs) -> HTML grids with captions
 """
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from openeva.inference.contact_sheet import embedded
 from openeva.report.look import Colours, Look, Pixels, Shown, Worst
 
 SIDE = 224
@@ -136,7 +135,7 @@ def photo(image: Pixels, text: str) -> str:
     """An `<img>` of pixels, as JPEG."""
     picture = Image.fromarray(image)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return _embedded(picture, "jpeg", text)
+    return embedded(picture, "jpeg", text)
 
 
 def patches(colours: Colours, text: str, opaque: NDArray[np.bool_] | None = None) -> str:
@@ -144,17 +143,7 @@ def patches(colours: Colours, text: str, opaque: NDArray[np.bool_] | None = None
     pixels = (colours * 255).round().astype(np.uint8)
     if opaque is not None:
         pixels = np.concatenate([pixels, opaque[..., None].astype(np.uint8) * 255], axis=2)
-    return _embedded(Image.fromarray(pixels), "png", text, "patches")
-
-
-def _embedded(picture: Image.Image, kind: str, text: str, style: str = "") -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"quality": 88, "subsampling": 0} if kind == "jpeg" else {"optimize": True}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img class="{style}" src="data:image/{kind};base64,{data}" width="{picture.width}" height="{picture.height}"'
-        f' alt="{html.escape(text)}">'
-    )
+    return embedded(Image.fromarray(pixels), "png", text, "patches")
 
 
 def short(name: str, length: int = 40) -> str:
