@@ -1,12 +1,12 @@
 """The command line: `openeva demo | train | evaluate | report | convert | config | list | data | doctor`.
 
-Those that use a finished model (`predict | export | push`) are in `commands.py`.
+Those that use a finished model (`predict | search | export | push`) are in `commands.py`.
 
 arguments -> one function per command -> the library, imported inside that function so that `--help` stays fast.
 
 Exit status: 0 done (or stopped by SIGTERM with everything saved), 1 a required check of `doctor` failed, `data check`
-found something missing, or an image of `predict` was broken, 2 the input is wrong (one message, no traceback; `--debug`
-or OPENEVA_DEBUG=1 shows it), 130 interrupted by Ctrl-C (training saves first).
+found something missing, or an image of `predict` or `search` was broken, 2 the input is wrong (one message, no
+traceback; `--debug` or OPENEVA_DEBUG=1 shows it), 130 interrupted by Ctrl-C (training saves first).
 """
 
 import os

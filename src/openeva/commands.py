@@ -115,7 +115,7 @@ def predict(
 def search(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, searched at any depth.")],
     queries: Annotated[
-        list[str] | None, typer.Argument(metavar="[QUERY]...", help="What is looked for.", show_default=False)
+        list[str] | None, typer.Argument(metavar="QUERY", help="What is looked for.", show_default=False)
     ] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Find what looks like this, alone or with queries.", show_default=False)
@@ -158,6 +158,8 @@ def search(
 
     query = found.Query(queries or [], image or [], each=each, top=top, threshold=threshold)
     written_as = output.format_of(out, json=json, csv=csv)
+    if not query and (written_as is not None or html is not None):
+        raise ValueError("--html, --json, --csv and --out tell what is found; give a query or --image too")
     searched = Index(
         folder, weights=weights, place=index, batch_size=batch_size, device=device, precision=precision,
         num_readers=workers,
@@ -203,10 +205,9 @@ def _update(index: "Index") -> bool:
             done = index.update(finished)
         except KeyboardInterrupt:
             stack.close()
-            say(
-                f"{done_before_stop:,} images were encoded and are kept; the same command goes on from there",
-                error=True,
-            )
+            if done_before_stop:
+                kept = f"{done_before_stop:,} images were encoded and are kept; the same command goes on from there"
+                say(kept, error=True)
             raise
     for line in done.lines():
         say(line, error=True, style="dim")

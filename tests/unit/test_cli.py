@@ -22,10 +22,11 @@ from openeva.checkpoints.pretrained import PRETRAINED
 from openeva.cli import app
 from openeva.config import find_recipe, list_recipes, load_config
 from openeva.engine.log import RunLog
+from openeva.heads.clip import CLIP_VARIANTS
 from openeva.registry import FOLDERS, component_names
 from openeva.train import Recipe, RunResult
 
-COMMANDS = ("demo", "train", "evaluate", "report", "convert", "config", "list", "data", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "report", "convert", "config", "list", "data", "doctor", "predict", "search")
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +211,7 @@ def test_list_shows_every_recipe_variant_and_component() -> None:
     result = openeva("list")
     assert result.exit_code == 0
     components = [name for kind in FOLDERS for name in component_names(kind)]
-    for name in [*list_recipes(), *VARIANTS, *components]:
+    for name in [*list_recipes(), *VARIANTS, *CLIP_VARIANTS, *components]:
         assert name in result.stdout
     assert "1,011," in result.stdout, "parameters of eva_g_14"
     title = find_recipe("pretrain/demo").read_text().partition("\n")[0].removeprefix("# ")
@@ -241,7 +242,7 @@ def test_list_of_nothing_is_an_error_with_a_suggestion() -> None:
 def test_all_lists_can_be_read_by_programs() -> None:
     sections = json.loads(openeva("list", "--json").stdout)
     assert set(sections) == {"recipes", "variants", "weights", "components"}
-    assert {row["name"] for row in sections["variants"]} == set(VARIANTS)
+    assert {row["name"] for row in sections["variants"]} == {*VARIANTS, *CLIP_VARIANTS}
     assert [row["recipe"] for row in sections["recipes"]] == list_recipes()
 
 

@@ -452,12 +452,25 @@ def _usable(path: Path, reindex: bool | Literal["auto"]) -> FileIndex | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Of several processes on a machine, only one at a time is inside for this path."""
+def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
+    """Of several processes on a machine, only one at a time is inside for this path.
+
+    Args:
+        path: What is locked; a file `.lock` appears beside it.
+        waiting: What to tell where another process is inside.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("wb") as file:
         with suppress(OSError):  # file systems without locks: every process scans, the last rename wins, all are equal
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None:
+                    log.warning("%s", waiting)
+                fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:  # said, because a child forked meanwhile holds the file open too

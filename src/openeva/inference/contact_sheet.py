@@ -8,6 +8,7 @@ import html
 import io
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +21,8 @@ from openeva.inference.search import Hit
 
 SIDE = 256
 """Pixels of a thumbnail's longer side."""
+MOST_OF_A_QUERY = 12
+"""Pictures that are shown of a folder or pattern that was looked for."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --pale: #6b7280; --ground: #fff; --card: #f4f5f7; --mark: #3b5bdb; }
@@ -117,10 +120,10 @@ def _tile(folder: Path, number: int, hit: Hit, share: float) -> str:
 
 
 def _thumbnail(image: ImageInput) -> str:
-    """The pictures of an address, or a word where one is gone or broken."""
+    """The (first) pictures of an address, or a word where one is gone or broken."""
     try:
         pictures = []
-        for found in find_images(image):
+        for found in islice(find_images(image), MOST_OF_A_QUERY):
             picture = Image.fromarray(found.read())
             picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             pictures.append(embedded(picture, "jpeg", found.source))

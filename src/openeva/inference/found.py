@@ -4,6 +4,7 @@ texts, images -> `Query.answers` -> table, JSON or CSV (the page of pictures is 
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,8 @@ class Query:
         ]
 
     def _words(self, texts: Sequence[str]) -> str:
-        like = [f"like {Path(image).name or image}" for image in self.images]
-        return " + ".join([*(text.strip() for text in texts), *like])
+        like = [f"like {printable(os.fsencode(Path(image).name or image))}" for image in self.images]
+        return " + ".join([*checked_texts(texts), *like])
 
 
 def name_of(hit: Hit) -> str:

@@ -10,8 +10,9 @@ Source: ours; features and cosines are those of zero-shot classification (spec s
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from openeva.data.file_index import IMAGE_EXTENSIONS, cache_dir, index_path, locked, scan
 from openeva.engine.precision import PrecisionName
 from openeva.heads.clip import ClipModel
-from openeva.inference.index_file import Parts, Row, Stamp, Stored, read, write
+from openeva.inference.index_file import Files, Parts, Stamp, Stored, compare, read
 from openeva.inference.inputs import FoundImage, ImageInput, file_image, find_images
 from openeva.inference.predictor import BATCH_SIZE, Wanted
 from openeva.inference.texts import checked_texts
@@ -36,6 +37,8 @@ PART_ROWS = 4096
 PART_SECONDS = 20.0
 BLOCK_ROWS = 1024
 """Rows that are compared at a time: they stay in the processor's cache."""
+
+NOT_FINITE = "the model's answer is not finite; try precision fp32"
 
 Finished = Callable[[int, int, str | None], None]
 """Called after every image with the number done, the number to do and, where it was broken, its name and why."""
@@ -62,7 +65,8 @@ class Update:
         num_new: Images encoded for the first time.
         num_changed: Images encoded again, since their file changed.
         num_removed: Images that are no longer there.
-        broken: Images that could not be read this time, and why; they are tried again when their file changes.
+        broken: Images that could not be read this time, and why. Those that are no whole images are tried again when
+            their file changes, files that could not be opened every time.
         num_broken: All of those, with the ones met earlier.
         num_images: Images that can be found now.
         replaced: Weights whose index made way for this one; None where there was none, or of the same weights.
@@ -122,6 +126,8 @@ class Index:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give the folder whose images are to be found")
         self.place = Path(place).expanduser() if place is not None else place_of(self._root)
+        if self.place.suffix == ".lock":
+            raise ValueError(f"{self.place}: files ending in .lock are for locks; give another file (--index)")
         self._parts = Parts(self.place)
         self._stored = read(self.place)
         if self._stored is not None:
@@ -138,7 +144,7 @@ class Index:
         return self._towers.name
 
     def _check_folder(self, of: str) -> None:
-        if Path(of) != self._root and Path(of).is_dir():
+        if Path(of) != self._root and Path(of).is_dir() and not self._root.samefile(of):
             raise ValueError(f"{self.place} is the index of {of}, not of {self._root}; give another place (--index)")
 
     def _recorded_weights(self) -> str:
@@ -162,33 +168,46 @@ class Index:
 
         Raises:
             ConfigError: The weights are unknown or out of reach.
-            ValueError: They have no text tower.
-            OSError: The folder cannot be read, or the index not be written.
+            ValueError: They have no text tower, there is no image at all (then the index stays as it is: a drive may
+                not be there), or the index cannot be written where it is.
+            OSError: The folder cannot be read, or the disk is full.
         """
         done = Update()
-        with locked(self.place):
-            self._parts.remove_unfinished()
-            base = self._usable(done)
-            on_disk = self._scan()
-            rows, broken, known = _still_true([base, *self._parts.read()], on_disk)
-            missing = {name: stamp for name, stamp in on_disk.items() if name not in rows and name not in broken}
-            self._encode(missing, done, finished)
-            parts = self._parts.read()
-            rows, broken, _ = _still_true([base, *parts], on_disk)
-            if parts or base is None or len(rows) < len(base) or len(broken) < len(base.broken) or self._moved(base):
-                write(self.place, [rows[name] for name in on_disk if name in rows], broken, self._meta())
-                self._parts.remove()
-            self._stored = read(self.place)
-        encoded = [name for name in missing if name in rows]
-        done.num_changed = sum(name in known for name in encoded)
-        done.num_new, done.num_removed = len(encoded) - done.num_changed, len(known - on_disk.keys())
-        done.num_broken, done.num_images = len(broken), len(rows)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.place, waiting=f"another process is indexing {self.folder}; waiting"))
+            except OSError as error:
+                raise ValueError(
+                    f"{self.place}: the index cannot be written there ({error.strerror}); give another file (--index),"
+                    " or search what is indexed (--no-update)"
+                ) from error
+            self._parts.tidy()
+            self._update(self._files(), done, finished)
         return done
+
+    def _update(self, files: Files, done: Update, finished: Finished | None) -> None:
+        base = self._usable(done)
+        held = [] if base is None else [base]
+        kept = compare([*held, *self._parts.read()], files)
+        todo, known, gone = kept.unknown(), kept.known, kept.gone
+        unsettled = self._encode(files, todo, done, finished)
+        parts = self._parts.read()
+        if len(todo):
+            kept = compare([*held, *parts], files)
+        num_images = int(np.count_nonzero(kept.source >= 0))
+        settled = base is not None and (num_images, len(kept.broken)) == (len(base), len(base.broken))
+        if base is None or parts or not settled or self._moved(base):
+            kept.write(self.place, self._meta())
+            self._parts.remove()
+        self._stored = read(self.place)
+        encoded = todo[kept.source[todo] >= 0]
+        done.num_changed = int(np.count_nonzero(known[encoded]))
+        done.num_new, done.num_removed = len(encoded) - done.num_changed, len(gone)
+        done.num_broken, done.num_images = len(kept.broken) + unsettled, num_images
 
     def _usable(self, done: Update) -> Stored | None:
         """The index as it is on disk, if it is of these weights; what is of others is given up."""
-        parts = self._parts.read()
-        if any(not self._towers.made(part.meta) for part in parts):
+        if any(not self._towers.made(part.meta) for part in self._parts.read()):
             self._parts.remove()
         base = read(self.place)
         if base is None or self._towers.made(base.meta):
@@ -203,45 +222,65 @@ class Index:
     def _meta(self) -> dict[str, Any]:
         return {"folder": str(self._root), **self._towers.facts()}
 
-    def _scan(self) -> dict[bytes, Stamp]:
-        """Images of the folder, by their path below it."""
-        found = {}
+    def _files(self) -> Files:
+        """Images of the folder, as they are now."""
+        names: list[bytes] = []
+        stamps = array("q")
         begin = len(os.fsencode(self.folder).rstrip(b"/")) + 1
         for folder in scan(self.folder, IMAGE_EXTENSIONS):
             for name in folder.names:
                 path = folder.path + b"/" + name
                 with suppress(OSError):  # gone meanwhile, or a link to nowhere
-                    found[path[begin:]] = Stamp.of(path)
-        return found
+                    stamp = Stamp.of(path)
+                    names.append(path[begin:])
+                    stamps.extend((stamp.size, stamp.mtime_ns))
+        if not names:
+            kept = f"; the index of its {len(self):,} images is kept ({self.place})" if len(self) else ""
+            raise ValueError(f"{self.folder}: no images in this folder ({', '.join(IMAGE_EXTENSIONS)}){kept}")
+        stamp_N2 = np.frombuffer(stamps, np.int64).reshape(-1, 2)
+        return Files(names, stamp_N2[:, 0], stamp_N2[:, 1])
 
     def _path(self, name: bytes) -> Path:
         return self.folder / os.fsdecode(name)
 
-    def _encode(self, missing: Mapping[bytes, Stamp], done: Update, finished: Finished | None) -> None:
-        """Encode images; every so often, and whatever happens, what is done goes to a part."""
-        if not missing:
-            return
-        waiting = _Waiting()
-        images = [file_image(os.fsencode(self._path(name))) for name in missing]
+    def _encode(self, files: Files, todo: NDArray[np.int64], done: Update, finished: Finished | None) -> int:
+        """Encode images; every so often, and whatever happens, what is done goes to a part.
+
+        Returns:
+            How many could not be encoded, but may be the next time, though their files stay as they are.
+        """
+        if not len(todo):
+            return 0
+        waiting, unsettled = _Waiting(), 0
+        images = (file_image(os.fsencode(self._path(files.names[position]))) for position in todo.tolist())
         try:
             answers = self._towers.predictor(images, Wanted(embedding=True))
-            for number, (name, answer) in enumerate(zip(missing, answers, strict=True), start=1):
-                if answer.embedding is not None:
-                    waiting.add(name, missing[name], answer.embedding.pooled)
+            for number, (position, answer) in enumerate(zip(todo.tolist(), answers, strict=True), start=1):
+                error = answer.error
+                if answer.embedding is not None and np.isfinite(answer.embedding.pooled).all():
+                    waiting.features.append((position, unit(answer.embedding.pooled).astype(np.float16)))
+                elif error is not None and _can_be_opened(self._path(files.names[position])):
+                    waiting.broken[position] = error
                 else:
-                    done.broken[answer.source] = answer.error or ""
-                    waiting.broken[name] = missing[name], answer.error or ""
+                    error, unsettled = error or NOT_FINITE, unsettled + 1
+                if error is not None:
+                    done.broken[answer.source] = error
                 if waiting.is_due():
-                    self._put_down(waiting)
+                    self._put_down(files, waiting)
                     waiting = _Waiting()
                 if finished is not None:
-                    finished(number, len(missing), answer.error and f"{answer.source}: {answer.error}")
+                    finished(number, len(todo), error and f"{answer.source}: {error}")
         finally:
-            self._put_down(waiting)
+            self._put_down(files, waiting)
+        return unsettled
 
-    def _put_down(self, waiting: "_Waiting") -> None:
-        if waiting.rows or waiting.broken:
-            self._parts.add(waiting.rows, waiting.matrix(), waiting.broken, self._meta())
+    def _put_down(self, files: Files, waiting: "_Waiting") -> None:
+        if waiting.features or waiting.broken:
+            rows = np.array([position for position, _ in waiting.features], np.int64)
+            features = [feature_E for _, feature_E in waiting.features]
+            broken = {files.names[position]: (files.stamp(position), why) for position, why in waiting.broken.items()}
+            matrix_NE = np.stack(features) if features else np.empty((0, 0), np.float16)
+            self._parts.add(files.take(rows), matrix_NE, broken, self._meta())
 
     # ------------------------------------------------------------------------------------------------- search
 
@@ -275,14 +314,17 @@ class Index:
         score_N = cosines(stored.features, query_E)
         best = _largest(score_N, top)
         return [
-            Hit(self._path(stored.names[row]), float(score_N[row]))
+            Hit(self._path(stored.files.names[row]), float(score_N[row]))
             for row in best
             if threshold is None or score_N[row] >= threshold
         ]
 
     def _of_these_weights(self) -> Stored:
         if self._stored is None:
-            raise ValueError(f"there is no index of {self.folder} yet ({self.place}); make it with update()")
+            raise ValueError(
+                f"there is no index of {self.folder} yet ({self.place}); make it with update() (on the"
+                " command line: leave out --no-update)"
+            )
         if not self._towers.made(self._stored.meta):
             raise ValueError(
                 f"{self.place} was made with other weights ({self._stored.meta['weights']}) than {self.weights}; make"
@@ -293,32 +335,32 @@ class Index:
     def _query(
         self, stored: Stored, texts: Sequence[str], images: ImageInput | Iterable[ImageInput]
     ) -> NDArray[np.float32]:
-        """The direction of what is looked for: the mean of all parts, each of length 1."""
+        """The direction `[E]` of what is looked for: the mean of all parts, each of length 1."""
         parts = [*self._towers.texts(texts)] if texts else []
-        unknown: list[FoundImage] = []
-        for image in find_images(images):
-            row = self._row_of(stored, image)
-            if row is None:
-                unknown.append(image)
-            else:
-                parts.append(unit(stored.features[row].astype(np.float32)))
+        looked_for = list(find_images(images))
+        rows = self._rows_of(stored, looked_for)
+        parts += [unit(stored.features[row].astype(np.float32)) for row in rows.values()]
+        unknown = [image for number, image in enumerate(looked_for) if number not in rows]
         parts += self._towers.images(unknown) if unknown else []
         if not parts:
             raise ValueError("nothing to look for: give a text or an image")
         return unit(np.mean(parts, axis=0))
 
-    def _row_of(self, stored: Stored, image: FoundImage) -> int | None:
-        """Row of an image that is in the index and has not changed since."""
-        if image.path is None:
-            return None
-        path = os.path.abspath(image.path)  # noqa: PTH100 (bytes; links stay as they are)
+    def _rows_of(self, stored: Stored, images: Sequence[FoundImage]) -> dict[int, int]:
+        """Number of an image -> its row in the index, of images that are there and have not changed since."""
         root = os.fsencode(self._root).rstrip(b"/") + b"/"
-        try:
-            row = stored.names.index(path[len(root) :]) if path.startswith(root) else -1
-            same = row >= 0 and Stamp.of(path) == Stamp(int(stored.size[row]), int(stored.mtime_ns[row]))
-        except (ValueError, OSError):
-            return None
-        return row if same else None
+        paths = {n: os.path.abspath(image.path) for n, image in enumerate(images) if image.path is not None}  # noqa: PTH100 (bytes; links stay as they are)
+        numbers: dict[bytes, list[int]] = {}
+        for number, path in paths.items():
+            if path.startswith(root):
+                numbers.setdefault(path[len(root) :], []).append(number)
+        found: dict[int, int] = {}
+        for row, name in enumerate(stored.files.names) if numbers else ():
+            if name in numbers:
+                with suppress(OSError):
+                    if Stamp.of(root + name) == stored.files.stamp(row):
+                        found |= dict.fromkeys(numbers[name], row)
+        return found
 
 
 def place_of(folder: Path) -> Path:
@@ -351,42 +393,30 @@ def _largest(score_N: NDArray[np.float32], top: int | None) -> list[int]:
     return order
 
 
-def _still_true(
-    parts: Sequence[Stored | None], on_disk: Mapping[bytes, Stamp]
-) -> tuple[dict[bytes, Row], dict[bytes, tuple[Stamp, str]], set[bytes]]:
-    """Of parts, of which a later one counts more: (rows of unchanged files, unchanged broken files, all names)."""
-    rows: dict[bytes, Row] = {}
-    broken: dict[bytes, tuple[Stamp, str]] = {}
-    known: set[bytes] = set()
-    for part in parts:
-        if part is None:
-            continue
-        for row, (name, size, mtime_ns) in enumerate(
-            zip(part.names, part.size.tolist(), part.mtime_ns.tolist(), strict=True)
-        ):
-            stamp = on_disk.get(name)
-            if stamp is not None and (stamp.size, stamp.mtime_ns) == (size, mtime_ns):
-                rows[name] = name, stamp, part, row
-        broken |= {name: held for name, held in part.broken.items() if on_disk.get(name) == held[0]}
-        known.update(part.names, part.broken)
-    return rows, broken, known
+def _can_be_opened(path: Path) -> bool:
+    """Whether bytes of a file can be had; if not, the image in it may be whole."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
+@dataclass
 class _Waiting:
-    """Rows that are not on disk yet."""
+    """What is not on disk yet, by position in the files.
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[bytes, Stamp]] = []
-        self.features: list[NDArray[np.float16]] = []
-        self.broken: dict[bytes, tuple[Stamp, str]] = {}
-        self.begun = time.monotonic()
+    Attributes:
+        features: (position, `[E]`).
+        broken: Position -> why.
+        begun: When, in seconds.
+    """
 
-    def add(self, name: bytes, stamp: Stamp, pooled_E: NDArray[np.float32]) -> None:
-        self.rows.append((name, stamp))
-        self.features.append(unit(pooled_E).astype(np.float16))
+    features: list[tuple[int, NDArray[np.float16]]] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
 
     def is_due(self) -> bool:
-        return len(self.rows) >= PART_ROWS or time.monotonic() - self.begun > PART_SECONDS
-
-    def matrix(self) -> NDArray[np.float16]:
-        return np.stack(self.features) if self.features else np.empty((0, 0), np.float16)
+        """Whether it is time to put it down."""
+        return len(self.features) >= PART_ROWS or time.monotonic() - self.begun > PART_SECONDS

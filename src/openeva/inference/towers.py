@@ -109,7 +109,7 @@ class Towers:
         return Predictor(self.clip, **self.settings)
 
     def images(self, found: Sequence[FoundImage]) -> list[NDArray[np.float32]]:
-        """Features of length 1.
+        """Features `[E]` of length 1, one per image.
 
         Raises:
             ImageError: An image cannot be read.
@@ -119,9 +119,9 @@ class Towers:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Features of length 1."""
+        """Features `[B, E]` of length 1."""
         if "clip" in vars(self) or isinstance(self.weights, nn.Module):
-            tower, device = self.clip.text, self.clip.logit_scale.device
+            tower, device = self.clip.text.eval(), self.clip.logit_scale.device
         else:
             tower, device = self._text_tower, start(self.settings["device"]).device
         tokenizer = Tokenizer(tower.config.context_length)
