@@ -32,7 +32,7 @@ def test_classifier_made_of_texts(case: Case) -> None:
     case.close(classifier_EV, "out.classifier")
     logits_BV = zero_shot_logits(case.tensors["in.image_features_raw"], classifier_EV)
     case.close(logits_BV, "out.logits")
-    right_BK = logits_BV.topk(5).indices == case.tensors["in.targets"][:, None]
+    right_BK = logits_BV.topk(min(5, logits_BV.shape[1])).indices == case.tensors["in.targets"][:, None]
     case.close(torch.stack([right_BK[:, 0].float().mean(), right_BK.any(1).float().mean()]), "out.top1_top5")
 
 

@@ -49,13 +49,12 @@ def test_parameter_groups(case: Case) -> None:
             official_names[list(numbered)[int(tensor.flatten()[0])]].append(theirs)
         config = optim_config(args)
         groups = tower_groups(task.model.named_parameters(), config, task.towers)
-        base = {"visual": args["visual_lr"], "text": args["text_lr"], "other": args["lr"]}
         assert len(groups) == len(official["groups"]), name
         for group, expected in zip(groups, official["groups"], strict=True):  # the same order
             where = f"{name}, group {expected['order']}"
             found = [theirs for ours in group["names"] for theirs in official_names[ours]]
             assert sorted(found) == sorted(expected["params"]), where
-            rate = expected["lr_scale"] * base[expected["tower"]]
+            rate = expected["lr_scale"] * expected["base_lr"]
             assert group["lr_scale"] * config.lr == pytest.approx(rate, rel=1e-12), where
             assert group["weight_decay"] == pytest.approx(expected["weight_decay"], rel=1e-12), where
 
@@ -105,3 +104,6 @@ def check_lamb(rule: Rule, case: Case) -> None:
         optimizer.step()
         for name, weight in weights.items():
             case.close(weight, f"out.p{step + 1}.{name}")
+    for moment in ("exp_avg", "exp_avg_sq"):  # after the last step
+        for name in case.prefix(f"out.{moment}."):
+            case.close(optimizer.state[weights[name]][moment], f"out.{moment}.{name}")

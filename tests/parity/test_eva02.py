@@ -68,9 +68,11 @@ def test_student(case: Case) -> None:
     tokens = {}
     student.backbone.norm.register_forward_hook(lambda module, args, out: tokens.update(out=out))
     predicted_MV = student(case.tensors["in.image"], mask_BN, index_M)
-    loss = negative_cosine(predicted_MV, case.tensors["in.teacher_features"].flatten(0, 1)[index_M])
+    target_MV = case.tensors["in.teacher_features"].flatten(0, 1)[index_M]
+    loss = negative_cosine(predicted_MV, target_MV)
     case.close(tokens["out"], "out.normed_tokens")
     case.close(predicted_MV, "out.pred_masked")
+    case.close(target_MV, "out.target_masked")
     case.close(loss, "out.loss")
     loss.backward()
     gradients = to_official({name: parameter.grad for name, parameter in student.named_parameters()})
