@@ -298,6 +298,31 @@ def test_heads_of_a_run_must_agree(tmp_path: Path) -> None:
             start_towers(pair(), **{key: address})
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_heads": 4}, r"num_heads 2 instead of 4, .*set task\.backbone: \{num_heads: 2\}"),
+        ({"norm_order": "post"}, "norm_order pre instead of post"),
+        ({"rope_grid": 4}, r"rope_grid None instead of 4, .*\{rope_grid: null\}"),
+    ],
+)
+def test_what_no_shape_of_an_image_tower_shows_must_agree(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    address = saved_pair(tmp_path, pair())
+    for key in ("init_image", "init_from"):
+        model = pair(**other)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"^{key} .*{message}"):
+            start_towers(model, **{key: address})
+        assert not changed(model, before)
+
+
+def test_the_released_e_starts_no_tower_with_the_norm_first(tmp_path: Path) -> None:
+    address = put(tmp_path / "EVA02_E_psz14.pt", official())
+    with pytest.raises(ValueError, match="norm_order post instead of pre"):
+        start_towers(pair(), init_image=address)
+    assert start_towers(pair(norm_order="post"), init_image=address).used
+
+
 def test_not_both_and_not_half(tmp_path: Path) -> None:
     address = put(tmp_path / "eva.pt", {"model": official()})
     with pytest.raises(ValueError, match="init_from is a whole CLIP; leave out"):
