@@ -507,7 +507,7 @@ def test_other_weights_make_it_anew_and_say_so(photos: Path, weights: Path, othe
 def test_until_it_is_complete_the_index_of_the_old_weights_stays(
     photos: Path, weights: Path, other_weights: Path, read_images: list[bytes]
 ) -> None:
-    hits = indexed(photos, weights).search("a dog")
+    hits, direct = indexed(photos, weights).search("a dog"), Direct(other_weights)
     with pytest.raises(KeyboardInterrupt):
         Index(photos, weights=other_weights, batch_size=1).update(stop_after(4))
     assert Index(photos, weights=weights).search("a dog") == hits
@@ -518,6 +518,8 @@ def test_until_it_is_complete_the_index_of_the_old_weights_stays(
         Index(photos, weights=weights, batch_size=1).update(stop_after(4))
     assert Index(photos, weights=other_weights).update().lines() == ["6 images in the index"]
     assert Index(photos).update().lines() == ["6 images in the index"]
+    expected = direct.scores(photos, direct.text("a dog"))  # and nothing of the part of the old weights
+    assert scores(Index(photos).search("a dog"), photos) == pytest.approx(expected, abs=1e-3)
 
 
 def test_weights_that_learnt_more_are_others_and_moved_ones_the_same(

@@ -43,10 +43,11 @@ li { background: var(--card); border-radius: 8px; overflow: hidden; }
 a { display: block; color: inherit; text-decoration: none; }
 a:focus-visible, a:hover { outline: 2px solid var(--mark); outline-offset: -2px; border-radius: 8px; }
 .frame { aspect-ratio: 1; display: flex; align-items: center; justify-content: center; }
-.frame img { max-width: 100%; max-height: 100%; width: auto; height: auto; }
+.frame img { width: 100%; height: 100%; object-fit: contain; }
 .about { padding: 6px 10px 8px; font-size: 13px; }
 .about b { font-variant-numeric: tabular-nums; }
-.about span { display: block; color: var(--pale); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.about span { color: var(--pale); overflow: hidden; overflow-wrap: anywhere; display: -webkit-box;
+              -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 .bar { height: 3px; background: var(--mark); border-radius: 2px; margin: 3px 0; }
 """
 
