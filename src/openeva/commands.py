@@ -102,6 +102,8 @@ def predict(
     if written_as is None and predictor.classes is not None:
         stdout().print(answers)
         softmax = "probabilities: softmax of 100 × cosine over the texts"
+        if len(predictor.classes.names) == 1:
+            softmax = "one text alone always has 100 %: its cosine says how near it is"
         say(softmax if named else f"class names: {predictor.classes.source}", style="dim")
     for place in (out, features, picture):
         if place is not None and failed < len(job.images):

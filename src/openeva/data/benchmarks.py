@@ -33,6 +33,8 @@ TITLES: dict[Benchmark, str] = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "ucf101": "UCF-101",
     "kinetics400": "Kinetics-400", "kinetics600": "Kinetics-600", "kinetics700": "Kinetics-700",
 }  # fmt: skip
+NUM_CLASSES: dict[Benchmark, int] = {"ucf101": 101, "kinetics400": 400, "kinetics600": 600, "kinetics700": 700}
+"""Of the sets of videos, which come as links or in parts, so that classes may be missing."""
 UCF_TEST = "testlist01.txt"
 """List of UCF-101's first test split; where it lies beside the videos, only those count."""
 
@@ -121,12 +123,21 @@ def _open(name: Benchmark, root: Path, allow_incomplete: bool, download: bool) -
     if name in CIFAR:
         return ImageSet(name, title, TorchvisionConfig(dataset=CIFAR[name], root=root, download=download).build())
     if name != "ucf101":
-        return ImageSet(name, title, VideoConfig(root=_first_folder(root / "val", root)).build())
+        videos = VideoConfig(root=_first_folder(root / "val", root)).build()
+        return ImageSet(name, title, videos, _other_classes(name, videos.num_classes))
     places = (root, root / "ucfTrainTestlist", root.parent / "ucfTrainTestlist", root.parent)
     listed = next((place / UCF_TEST for place in places if (place / UCF_TEST).is_file()), None)
-    note = "" if listed else f"{title}: all videos, since {UCF_TEST} of its test split is not beside them"
     videos = VideoConfig(root=_first_folder(root / "UCF-101", root), list_file=listed).build()
-    return ImageSet(name, title, videos, note)
+    notes = [
+        "" if listed else f"{title}: all videos, since {UCF_TEST} of its test split is not beside them",
+        _other_classes(name, videos.num_classes),
+    ]
+    return ImageSet(name, title, videos, "; ".join(filter(None, notes)))
+
+
+def _other_classes(name: Benchmark, found: int) -> str:
+    wanted = NUM_CLASSES[name]
+    return "" if found == wanted else f"{TITLES[name]}: {found} classes, not {wanted}: not to be compared"
 
 
 def _first_folder(*places: Path) -> Path:

@@ -3,6 +3,7 @@
 A file in this folder holds one evaluation: `class Config(ComponentConfig)` whose `build()` returns an `Evaluation`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,8 +59,14 @@ def check_fit(evals: Sequence[Evaluation], task: Any) -> None:
     """Ask evaluations whether they can measure a task, before it is trained: those that care have `check(task)`.
 
     Raises:
-        ValueError: One cannot.
+        ValueError: One cannot, or two would give numbers of the same names.
     """
+    configs: list[Any] = [config for one in evals if hasattr(config := getattr(one, "config", None), "prefix")]
+    names = Counter((config.name, config.prefix, bool(getattr(config, "roots", None))) for config in configs)
+    for (name, prefix, _), times in names.items():
+        if times > 1:
+            text = f"stands there {times} times with the prefix {prefix!r}, so that the last one's numbers would take"
+            raise ValueError(f"evaluation {name} {text} the place of the others'; give each a `prefix` of its own")
     for evaluation in evals:
         getattr(evaluation, "check", lambda _: None)(task)
 

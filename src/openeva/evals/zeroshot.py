@@ -191,12 +191,12 @@ class ZeroShot:
 
     def _names(self, one: ImageSet, known: Sequence[str]) -> list[str]:
         """What stands for the classes in the texts: what was given, names made for texts, or folders in words."""
-        if self.config.class_names is not None:
-            return prompts.read_class_names(self.config.class_names, known)
-        if hasattr(one.source, "templates"):
-            return list(known)
-        in_words = dict(zip(wordnet_ids(), imagenet_names(), strict=True))
-        return [in_words.get(name) or prompts.in_words(name) for name in known]
+        names = list(known)
+        if not hasattr(one.source, "templates"):
+            in_words = dict(zip(wordnet_ids(), imagenet_names(), strict=True))
+            names = [in_words.get(name) or prompts.in_words(name) for name in known]
+        given = self.config.class_names
+        return names if given is None else prompts.read_class_names(given, known, names)
 
     def _templates_of(self, one: ImageSet) -> Sequence[str]:
         if self._templates is not None:
@@ -241,7 +241,7 @@ class ZeroShot:
         """
         rows, theirs = [], _as_metrics(published, self._start())
         for one in self.sets:
-            start, name = self._start(one), one.key or str(getattr(self.config.source, "dataset", "")).lower()
+            start, name = self._start(one), one.key or _name_of(self.config.source)
             top5, images = metrics.get(f"{start}top5"), metrics.get(f"{start}images")
             row = Row(
                 one.title, 100 * metrics[f"{start}top1"], None if top5 is None else 100 * top5,
@@ -258,6 +258,12 @@ class ZeroShot:
                 number = 100 * expected[name] if name in expected else None
                 rows.append(Row(title, 100 * metrics[name], None, None, None, number))
         return rows
+
+
+def _name_of(source: Any) -> str:
+    """By what name a data set's accuracies may have been published; "" for training images."""
+    is_training = str(getattr(source, "split", "")).startswith("train")
+    return "" if is_training else str(getattr(source, "dataset", "")).lower()
 
 
 def _measure(task: Any, loader: Iterable[dict[str, Any]], classifier_EV: Float[Tensor, "E V"]) -> Accuracies:

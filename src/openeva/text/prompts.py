@@ -154,12 +154,15 @@ def read_templates(given: str | Path | Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def read_class_names(given: str | Path | Sequence[str] | Mapping[str, str], known: Sequence[str]) -> list[str]:
+def read_class_names(
+    given: str | Path | Sequence[str] | Mapping[str, str], known: Sequence[str], otherwise: Sequence[str] | None = None
+) -> list[str]:
     """Class names to put into templates, by label.
 
     Args:
         given: A list in the order of the labels, or own name -> name in words; or a file: one per line, or JSON.
         known: The data's own names by label, such as folders.
+        otherwise: By label, what a class is called that a mapping leaves out; default: its own name in words.
 
     Raises:
         ValueError: Another number of names than classes, or names of classes that are not there.
@@ -173,7 +176,8 @@ def read_class_names(given: str | Path | Sequence[str] | Mapping[str, str], know
                 f"class_names renames {', '.join(strange[:5])}, which the images do not have"
                 f"{did_you_mean(strange[0], list(known))}; their classes are {', '.join(known[:5])} ..."
             )
-        return [str(given.get(name, in_words(name))) for name in known]
+        otherwise = otherwise or [in_words(name) for name in known]
+        return [str(given.get(name, other)) for name, other in zip(known, otherwise, strict=True)]
     if len(given) != len(known):
         raise ValueError(
             f"class_names has {len(given)} names, but the images have {len(known)} classes; give one per class in the"

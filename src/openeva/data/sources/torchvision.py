@@ -7,6 +7,7 @@ Source: torchvision's reading; class names are its `classes` as they stand, whic
 """
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class Config(SourceConfig):
         Raises:
             ConfigError: Not there, or no such data set or split.
         """
-        known = [name for name in datasets.__all__ if _takes(name, "root") and _takes(name, "download")]
+        known = [name for name in datasets.__all__ if _is_known(name)]
         if self.dataset not in known:
             raise ConfigError(
                 [f"torchvision: no data set {self.dataset!r}{did_you_mean(self.dataset, known)} ({', '.join(known)})"]
@@ -58,8 +59,19 @@ class Config(SourceConfig):
         return TorchvisionData(found, f"{self.dataset} {self.split}")
 
 
+def _arguments(dataset: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(datasets, dataset)).parameters
+
+
 def _takes(dataset: str, argument: str) -> bool:
-    return argument in inspect.signature(getattr(datasets, dataset).__init__).parameters
+    return argument in _arguments(dataset)
+
+
+def _is_known(dataset: str) -> bool:
+    """Whether it can be opened with a folder and a split alone."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = {key for key, one in _arguments(dataset).items() if one.default is one.empty and one.kind not in kinds}
+    return needed <= {"root", "split"} and _takes(dataset, "root") and _takes(dataset, "download")
 
 
 class TorchvisionData:

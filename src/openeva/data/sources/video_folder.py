@@ -42,13 +42,15 @@ class Config(SourceConfig):
         if not root.is_dir():
             raise ConfigError([*problems, f"video_folder: root {root} does not exist; say where the videos are"])
         wanted = {extension.removeprefix(".").lower() for extension in self.extensions}
-        classes = sorted(place.name for place in root.iterdir() if place.is_dir() and not place.name.startswith("."))
-        videos = [
-            f"{name}/{file.name}"
-            for name in classes
-            for file in sorted((root / name).iterdir())
-            if file.suffix.removeprefix(".").lower() in wanted
-        ]
+        folders = sorted(place for place in root.iterdir() if place.is_dir() and not place.name.startswith("."))
+        files = {place.name: sorted(file.name for file in place.iterdir()) for place in folders}
+        found = {
+            name: [file for file in inside if file.rpartition(".")[2].lower() in wanted]
+            for name, inside in files.items()
+        }
+        # an empty folder is a class without videos; one that holds other things, such as lists of a split, is no class
+        classes = [name for name, inside in files.items() if found[name] or not inside]
+        videos = [f"{name}/{file}" for name in classes for file in found[name]]
         if not videos:
             text = f"video_folder: no videos in the class folders of {root}; they must end in"
             problems.append(f"{text} {', '.join(sorted(wanted))}, one folder per class")
