@@ -201,6 +201,7 @@ def _look_at_source(config: ComponentConfig) -> str:
         OSError: It, or its first sample, cannot be read.
     """
     from openeva.data.decode import decode, to_rgb
+    from openeva.data.labels import has_captions
 
     source = config.build()
     if not hasattr(source, "read"):
@@ -211,7 +212,9 @@ def _look_at_source(config: ComponentConfig) -> str:
     pixels = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
     labels = f"{source.num_classes} classes" if source.num_classes else "no labels"
     size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-    return f"{len(source):,} samples, {labels}; the first, {sample.name}, has {size}"
+    texts = (sample.extra or {}).get("captions")
+    said = f" and the caption {texts[0][:60]!r}" if texts else " and no caption" if has_captions(source) else ""
+    return f"{len(source):,} samples, {labels}; the first, {sample.name}, has {size}{said}"
 
 
 def _components(config: Any, path: str) -> Iterator[tuple[str, ComponentConfig]]:

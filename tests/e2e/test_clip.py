@@ -265,7 +265,9 @@ def test_the_held_out_loss_is_that_of_all_pairs_together(monkeypatch: pytest.Mon
 
 def test_images_without_captions_are_refused(tmp_path: Path) -> None:
     sources = "data.train=[{name: e2e.pairs}, {name: e2e.pairs, captions: false}]"
-    with pytest.raises(ConfigError, match=r"data\.train\.1 has no captions.*scenes with captions: true"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.1 has no captions.*webdataset: caption_key; .*scenes: captions: true"
+    ):
         train(recipe(tmp_path, sources))
 
 

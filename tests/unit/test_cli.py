@@ -21,6 +21,7 @@ from openeva.backbones.vit import VARIANTS
 from openeva.checkpoints.pretrained import PRETRAINED
 from openeva.cli import app
 from openeva.config import find_recipe, list_recipes, load_config
+from openeva.data.sources import captions, scenes
 from openeva.engine.log import RunLog
 from openeva.heads.clip import CLIP_VARIANTS
 from openeva.registry import FOLDERS, component_names
@@ -284,6 +285,16 @@ def test_doctor_looks_at_machine_data_weights_and_output(recipe: Path) -> None:
     assert result.exit_code == 0, result.output
     for part in (torch.__version__, sys.executable, "6 samples", "40 x 40 pixels", "random", "can be written to"):
         assert part in result.stdout
+
+
+def test_doctor_shows_a_caption(tmp_path: Path) -> None:
+    """A wrong column is seen before it is learnt."""
+    file = tmp_path / "pairs.jsonl"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    file.write_text('{"image": "a.png", "caption": "a black square", "id": "7"}\n')
+    for keys, words in (({}, "has 8 x 8 pixels and the caption 'a black square'"), ({"caption_column": "id"}, "'7'")):
+        assert words in doctor._look_at_source(captions.Config(file=file, **keys))
+    assert "caption" not in doctor._look_at_source(scenes.Config(num_images=1))
 
 
 def test_doctor_fails_where_something_required_is_missing(recipe: Path) -> None:

@@ -99,8 +99,9 @@ class Config(TaskConfig, ClipConfig):
             ConfigError: Some of it has none.
         """
         problems = [
-            f"data.{part}.{number} has no captions, and the task clip learns from images with captions: use another"
-            " source (webdataset, captions, huggingface; scenes with captions: true), or remove this one"
+            f"data.{part}.{number} has no captions, and the task clip learns from images with captions: say where they"
+            " are (webdataset: caption_key; huggingface: caption_column; scenes: captions: true), take the source"
+            " captions, or remove this one"
             for part, data in (("train", train), ("val", val))
             for number, source in enumerate([] if data is None else data.sources)
             if not has_captions(source)
