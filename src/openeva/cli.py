@@ -251,12 +251,32 @@ def _show_measurement(done: "Measurement") -> None:
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write the HTML report of a run."""
-    from openeva.report import looking, write_report
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", exists=True, file_okay=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML file.",
+            show_default="report.html in the run's folder; of several runs comparison.html beside the first",
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML report of a run; of several runs a comparison of their held-out metrics.
 
-    with looking(stdout()) as progress:
-        file = write_report(run, progress=progress)
+    Runs of one recipe with different seeds are one line with its spread. The others are measured by the first run's
+    recipe: how good they are at the end, and after how many samples they are as good as it became.
+    """
+    from openeva.report import group_runs, looking, print_tables, write_comparison, write_report
+
+    if len(runs) > 1:
+        file = out or runs[0].resolve().parent / "comparison.html"
+        print_tables(write_comparison(group_runs(runs), file), stdout())
+    else:
+        with looking(stdout()) as progress:
+            file = write_report(runs[0], out=out, progress=progress)
     say(str(file))
 
 

@@ -28,7 +28,7 @@ from openeva.engine.loop import LoopConfig, StopSignal, run_loop
 from openeva.engine.optim import OptimConfig, build_optimizer, check_towers
 from openeva.engine.precision import Precision, PrecisionName
 from openeva.engine.state import Checkpoints, Progress, TrainState, parameter_tensors, seed_everything
-from openeva.evals.base import Evaluation, check_fit, needs_of, once, shared_features
+from openeva.evals.base import Evaluation, check_fit, less_is_better, needs_of, once, shared_features
 from openeva.tasks.base import Task, TaskConfig
 from openeva.tune import Tune, TuneAll, apply_tuning
 
@@ -455,7 +455,7 @@ def export(recipe: Recipe, task: Task, state: TrainState, folder: Path, world: W
 
 
 def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, world: World) -> None:
-    """Write the weights to `model_best` where `run.keep_best` is best so far; of a loss less is better (collective).
+    """Write the weights to `model_best` where `run.keep_best` is best so far (collective).
 
     Raises:
         ConfigError: There is no such metric.
@@ -469,7 +469,7 @@ def keep_best(recipe: Recipe, task: Task, state: TrainState, record: Record, wor
     def better() -> bool:
         value = record[metric]
         best = json.loads((folder / CONFIG_FILE).read_text("utf-8"))["best"] if is_complete(folder) else {}
-        return metric not in best or (value < best[metric] if "loss" in metric else value > best[metric])
+        return metric not in best or (value < best[metric] if less_is_better(metric) else value > best[metric])
 
     if once(better):
         _export(recipe, task, state, folder, world, averaged=metric.startswith("ema_"), best={metric: record[metric]})

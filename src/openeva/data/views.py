@@ -5,9 +5,9 @@ RGB `[Y, X, 3]` -> `CropConfig.draw` (box, flip) -> `cut` (uint8 `[3, Y', X']`, 
 
 Source: official pre-training transform (flip first, then one box for both sizes), evaluation transform (shorter side
 resized, centre cut), fine-tuning transform (box, then flip, then RandAugment: to mirror a box that was drawn on the
-mirrored image is the same thing) and the linear probe's (one try for the box). Difference: resizing by torchvision's
-8-bit kernel, which is three times as fast as Pillow's and at most two levels of 255 away from it; normalisation happens
-on the device, so that batches travel as bytes.
+mirrored image is the same thing) and the linear probe's (one try for the box). Difference: resizing by torch's 8-bit
+kernel, which is three times as fast as Pillow's and at most two levels of 255 away from it (`resizer: pillow` has the
+official bytes); normalisation happens on the device, so that batches travel as bytes.
 """
 
 import math
@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -75,6 +77,8 @@ class CropConfig(Config):
         hflip: Probability of mirroring.
         crop_pct: Share of the resized shorter side that the centre crop keeps.
         interpolation: Resampling kernel, antialiased.
+        resizer: "pillow" for the very bytes of the official code, at a third of the speed; None = torch's 8-bit kernel,
+            at most two levels of 255 away.
         color_jitter: Largest relative change of brightness, contrast and saturation; 0 = off.
         randaugment: RandAugment after cutting, as in "rand-m9-mstd0.5-inc1"; None = off.
     """
@@ -85,6 +89,7 @@ class CropConfig(Config):
     hflip: float = Field(0.5, ge=0, le=1)
     crop_pct: float = Field(0.875, gt=0, le=1)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resizer: Literal["pillow"] | None = None
     color_jitter: float = Field(0.0, ge=0, le=1)
     randaugment: Annotated[str, AfterValidator(check_rand_augment)] | None = None
 
@@ -126,10 +131,19 @@ class CropConfig(Config):
         box_CYX = torch.from_numpy(box_YXC).permute(2, 0, 1)  # channels-last memory: the fast path of the resize kernel
         if self.kind == "center":
             resized = _covering_size((crop.height, crop.width), size, self.crop_pct)
-            view_CYX = tv.center_crop(_resize(box_CYX, resized, self.interpolation), list(size))
+            view_CYX = tv.center_crop(self._resize(box_CYX, resized), list(size))
         else:
-            view_CYX = _resize(box_CYX, size, self.interpolation)
+            view_CYX = self._resize(box_CYX, size)
         return view_CYX.flip(-1) if crop.flip else view_CYX
+
+    def _resize(self, image_CYX: UInt8[Tensor, "3 Y X"], size: tuple[int, int]) -> UInt8[Tensor, "3 y x"]:
+        if image_CYX.shape[1:] == size:
+            return image_CYX
+        if self.resizer == "pillow":
+            kernel = Image.Resampling[self.interpolation.upper()]
+            image = Image.fromarray(image_CYX.permute(1, 2, 0).numpy()).resize(size[::-1], kernel)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return interpolate(image_CYX[None], size, mode=self.interpolation, antialias=True, align_corners=False)[0]
 
     def augment(
         self, view_CYX: UInt8[Tensor, "3 Y X"], mean: tuple[float, float, float], rng: random.Random
@@ -170,12 +184,6 @@ def _covering_size(size: tuple[int, int], wanted: tuple[int, int], crop_pct: flo
     if columns * height >= rows * width:
         return max(rows, int(columns * height / width)), columns
     return rows, max(columns, int(rows * width / height))
-
-
-def _resize(image_CYX: UInt8[Tensor, "3 Y X"], size: tuple[int, int], mode: str) -> UInt8[Tensor, "3 y x"]:
-    if image_CYX.shape[1:] == size:
-        return image_CYX
-    return interpolate(image_CYX[None], size, mode=mode, antialias=True, align_corners=False)[0]
 
 
 def target_pixels(batch: dict[str, Any]) -> UInt8[Tensor, "B 3 Y X"]:

@@ -55,6 +55,11 @@ def needs_of(evaluation: Evaluation) -> frozenset[str]:
     return frozenset(getattr(evaluation, "needs", ()))
 
 
+def less_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one, by its name: losses, ranks, gaps."""
+    return any(word in metric for word in ("loss", "rank", "gap"))
+
+
 def check_fit(evals: Sequence[Evaluation], task: Any) -> None:
     """Ask evaluations whether they can measure a task, before it is trained: those that care have `check(task)`.
 

@@ -17,6 +17,8 @@ from openeva.engine.log import Record
 WIDTH, HEIGHT = 360, 190
 """Units of the drawing; about the pixels of a phone, so that text keeps its size there."""
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
+NUM_COLOURS = 6
+"""Lines of one drawing that `style.css` can tell apart."""
 MAX_POINTS = 400
 """Longer series are drawn as means of as many equal parts."""
 
@@ -25,11 +27,19 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name and `(step, value)` points in order; `dots` marks each point (for rare measurements)."""
+    """One line.
+
+    Attributes:
+        name: What it is; an empty name has no legend.
+        points: `(step, value)` in order.
+        dots: True marks each point, for rare measurements.
+        band: `(step, least, greatest)` around the line, such as those of several seeds.
+    """
 
     name: str
     points: list[Point]
     dots: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 def series(records: Sequence[Record], key: str, name: str, *, dots: bool = False) -> Series:
@@ -38,24 +48,32 @@ def series(records: Sequence[Record], key: str, name: str, *, dots: bool = False
     return Series(name, points, dots)
 
 
-def line_chart(title: str, lines: Sequence[Series], *, log_scale: bool = False, note: str = "") -> str:
+def line_chart(
+    title: str, lines: Sequence[Series], *, log_scale: bool = False, note: str = "", unit: str = "step"
+) -> str:
     """A figure of one or more lines over the steps; nothing where none has a point.
 
     Args:
         title: What is drawn.
-        lines: The first two or three are told apart by colour.
+        lines: At most `NUM_COLOURS`, told apart by colour.
         log_scale: Logarithmic vertical axis, where all values are positive.
         note: A sentence below.
+        unit: What the horizontal axis counts.
     """
     drawn = [line for line in lines if line.points]
     if not drawn:
         return ""
     values = [y for line in drawn for _, y in line.points]
+    values += [y for line in drawn for _, *ends in line.band for y in ends]
     log_scale = log_scale and min(values) > 0 and max(values) > 10 * min(values)
     steps = [x for line in drawn for x, _ in line.points]
     x_axis = _Axis(0.0, max(*steps, 1.0), LEFT, WIDTH - RIGHT)
     y_axis = _vertical_axis(values, log_scale)
-    body = _grid(x_axis, y_axis)
+    body = _grid(x_axis, y_axis, unit)
+    for number, line in enumerate(drawn):
+        there = [(x_axis.at(x), y_axis.at(y)) for x, _, y in line.band]
+        back = [(x_axis.at(x), y_axis.at(y)) for x, y, _ in reversed(line.band)]
+        body += f'<polygon class="band c{number}" points="{_path([*there, *back])}"/>' if line.band else ""
     for number, line in enumerate(drawn):
         points = [(x_axis.at(x), y_axis.at(y)) for x, y in _thinned(line.points)]
         body += _line(points, number, dots=line.dots or len(points) == 1)
@@ -66,7 +84,8 @@ def line_chart(title: str, lines: Sequence[Series], *, log_scale: bool = False, 
     return (
         f'<figure class="chart"><figcaption><h3>{html.escape(title)}</h3>'
         f'<div class="legend">{legend}</div></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)} over the steps">{body}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)} over the {unit}s">'
+        f"{body}</svg>"
         f"{caption}</figure>"
     )
 
@@ -139,7 +158,7 @@ def _vertical_axis(values: list[float], log_scale: bool) -> _Axis:
     return _Axis(low, high + margin, HEIGHT - BOTTOM, TOP, log_scale)
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
+def _grid(x_axis: _Axis, y_axis: _Axis, unit: str) -> str:
     parts = []
     y_ticks = y_axis.ticks(6)
     for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
@@ -149,18 +168,21 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     ticks = x_axis.ticks(5)
     for tick in ticks:
         anchor = "start" if tick == 0 else "end" if tick == x_axis.high else "middle"
-        text = "step 0" if tick == 0 else number_text(tick)
+        text = f"{unit} 0" if tick == 0 else number_text(tick)
         parts.append(f'<text x="{x_axis.at(tick):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{text}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     return "".join(parts)
 
 
 def _line(points: list[Point], number: int, *, dots: bool) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     marks = (
         "".join(f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points) if dots else ""
     )
-    return f'<polyline class="line c{number}" points="{path}"/>{marks}'
+    return f'<polyline class="line c{number}" points="{_path(points)}"/>{marks}'
+
+
+def _path(points: Sequence[Point]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _thinned(points: list[Point]) -> list[Point]:

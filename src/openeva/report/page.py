@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from openeva.engine.state import Checkpoints
 from openeva.evaluate import read_run_recipe
 from openeva.report import pictures
 from openeva.report.curves import legend_key, line_chart, number_text, series
+from openeva.report.document import document, paragraph, section, table_html
 from openeva.report.look import Look
 from openeva.report.tables import Table, read_results
 from openeva.train import Recipe
@@ -116,21 +116,13 @@ def page(facts: Facts, look: Look | None, no_pictures: str = "") -> str:
         _results(facts),
         _pictures(look)
         if look is not None
-        else _section("Pictures", _p(f"There are no pictures of this run: {no_pictures}")),
+        else section("Pictures", paragraph(f"There are no pictures of this run: {no_pictures}")),
         _curves(facts),
         _time_split(facts),
         _broken(facts),
         _what_was_run(facts, look),
     ]
-    style = resources.files("openeva.report").joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{html.escape(name)} · openeva</title>'
-        f"<style>\n{style}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</main></body></html>\n"
-    )
+    return document(name, sections)
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -218,22 +210,7 @@ def _dimensions(backbone: Any) -> str:
 
 
 def _results(facts: Facts) -> str:
-    return _section("Results", "".join(map(_table, facts.results))) if facts.results else ""
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = ""
-    for row in table.rows:
-        cells = "".join(
-            f"<td{' class=best' if best else ''}>{html.escape(text)}</td>" for text, best in row.cells(table.digits)
-        )
-        rows += f'<tr><th scope="row">{html.escape(row.name)}</th>{cells}</tr>'
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<h3>{html.escape(table.title)}</h3><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{note}"
-    )
+    return section("Results", "".join(map(table_html, facts.results))) if facts.results else ""
 
 
 def _pictures(look: Look) -> str:
@@ -257,11 +234,13 @@ def _pictures(look: Look) -> str:
         f" {fifth:.2f} for one patch in twenty. These are the lowest, one per image, outlined in their surroundings."
     )
     return (
-        _section(
-            "What it predicts", _p(predicted) + pictures.colour_scale() + pictures.predictions(look), "predictions"
+        section(
+            "What it predicts",
+            paragraph(predicted) + pictures.colour_scale() + pictures.predictions(look),
+            "predictions",
         )
-        + _section("Nearest neighbours", _p(nearest) + pictures.neighbours(look), "neighbours")
-        + _section("Worst patches", _p(worst) + pictures.worst_patches(look), "worst")
+        + section("Nearest neighbours", paragraph(nearest) + pictures.neighbours(look), "neighbours")
+        + section("Worst patches", paragraph(worst) + pictures.worst_patches(look), "worst")
     )
 
 
@@ -284,8 +263,8 @@ def _curves(facts: Facts) -> str:
         *(line_chart(key.replace("_", " "), [series(evaluations, key, "held-out", dots=True)]) for key in other),
     ]
     skipped = sum(record.get("skipped_steps", 0.0) for record in training[-1:])
-    warning = _p(f"{skipped:.0f} steps were skipped because of non-finite gradients.") if skipped else ""
-    return _section("Curves", f'{warning}<div class="charts">{"".join(charts)}</div>') if any(charts) else ""
+    warning = paragraph(f"{skipped:.0f} steps were skipped because of non-finite gradients.") if skipped else ""
+    return section("Curves", f'{warning}<div class="charts">{"".join(charts)}</div>') if any(charts) else ""
 
 
 def _time_split(facts: Facts) -> str:
@@ -310,7 +289,7 @@ def _time_split(facts: Facts) -> str:
             f" At the end {number_text(speed['tflops_per_s'])} TFLOP/s, {speed['mfu']:.0%} of what the device can do"
         )
         words += f"; {speed['memory_gib']:.1f} GiB of memory."
-    return _section("Time", f'{_p(words)}<div class="stack">{parts}</div><div class="legend">{legend}</div>')
+    return section("Time", f'{paragraph(words)}<div class="stack">{parts}</div><div class="legend">{legend}</div>')
 
 
 def _broken(facts: Facts) -> str:
@@ -322,9 +301,9 @@ def _broken(facts: Facts) -> str:
         for name, reason in list(names.items())[:SHOWN_BROKEN]
     )
     more = facts.num_broken - min(len(names), SHOWN_BROKEN)
-    tail = _p(f"and {more:,} more, named in log.jsonl") if more > 0 else ""
-    words = _p("These were skipped; another image took their place.")
-    return _section(f"Broken files ({facts.num_broken:,})", f"{words}<ul>{items}</ul>{tail}")
+    tail = paragraph(f"and {more:,} more, named in log.jsonl") if more > 0 else ""
+    words = paragraph("These were skipped; another image took their place.")
+    return section(f"Broken files ({facts.num_broken:,})", f"{words}<ul>{items}</ul>{tail}")
 
 
 def _what_was_run(facts: Facts, look: Look | None) -> str:
@@ -355,18 +334,10 @@ def _what_was_run(facts: Facts, look: Look | None) -> str:
     }
     listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items() if value)
     details = f"<details><summary>The whole recipe</summary><pre>{html.escape(facts.recipe_text)}</pre></details>"
-    return _section("What was run", f"<dl>{listed}</dl>{details}")
+    return section("What was run", f"<dl>{listed}</dl>{details}")
 
 
 # ------------------------------------------------------------------------------------------------ pieces
-
-
-def _section(title: str, body: str, name: str = "") -> str:
-    return f"<section{f' id={name}' if name else ''}><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def _p(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
 
 
 def duration(seconds: float) -> str:
