@@ -116,6 +116,23 @@ def karpathy():
     }
 
 
+def test_other_settings_of_the_same_file_have_an_index_of_their_own(folder):
+    """Else a run would be tested on the split that it was trained on."""
+    text = "image,caption,other,split,part\na.png,x,y,train,1\nb/c.jpg,z,w,val,1\na.png,v,u,val,2\n"
+    (folder / "pairs.csv").write_text(text, encoding="utf-8")
+
+    def found(**keys):
+        source = Config(file=folder / "pairs.csv", **keys).build()
+        return [source.read(i).extra["captions"] for i in range(len(source))]
+
+    assert found() == [["x", "v"], ["z"]]
+    assert found(split="train") == [["x"]]
+    assert found(split="val") == [["z"], ["v"]]
+    assert found(split="2", split_column="part") == [["v"]]
+    assert found(caption_column="other") == [["y", "u"], ["w"]]
+    assert found(group=False) == [["x"], ["z"], ["v"]]
+
+
 def test_karpathy_splits(opened, folder):
     def of(split):
         return pairs(opened(karpathy(), "dataset_coco.json", split=split), folder)

@@ -97,6 +97,15 @@ def test_splits_and_columns_by_name(saved):
     assert source.class_names == ["0", "1", "2"]
 
 
+def test_captions_of_several_columns(saved):
+    data = table(2).add_column("title", ["the first", "the second"])
+    source = saved(data, caption_column=["title", "caption"])
+    assert [extra["captions"] for _, extra, _ in read_all(source)] == [
+        ["the first", "picture 0", "number 0"],
+        ["the second", "picture 1", "number 1"],
+    ]
+
+
 def test_source_without_captions_and_labels(saved):
     source = saved(table().select_columns(["image"]))
     assert [(extra, label) for _, extra, label in read_all(source)] == [(None, -1)] * 6

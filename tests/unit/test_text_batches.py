@@ -204,3 +204,11 @@ class _Labelled(Pairs):
 def test_what_workers_get_survives_pickling():
     dataset = train(Pairs(8))._dataset(0)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[4]["text"], dataset[4]["text"])
+
+
+def test_a_mirror_that_would_make_captions_wrong_is_told(caplog):
+    still = CropConfig(hflip=0.0)
+    for crop, spec, rank, told in ((CROP, SPEC, 0, 1), (CROP, SPEC, 1, 0), (still, SPEC, 0, 0), (CROP, IMAGES, 0, 0)):
+        caplog.clear()
+        TrainLoader(Mixture([Pairs()], [1.0]), spec, crop, batch_size=4, rank=rank, world_size=2)
+        assert sum("data.crop.hflip=0" in record.getMessage() for record in caplog.records) == told

@@ -5,6 +5,7 @@
 `sampler.py`.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -27,6 +28,8 @@ from openeva.data.sampler import Order, permute, seed_of, seeds_of
 from openeva.data.subset import few_labels, hold_out, hold_out_listed
 from openeva.data.views import CropConfig, ViewSpec
 from openeva.data.workers import resolve_workers
+
+log = logging.getLogger(__name__)
 
 MOST_NAMED = 10_000
 """So many broken files are named; a set of billions of pairs has millions of them, which no memory should hold."""
@@ -271,6 +274,12 @@ class TrainLoader(_Loader):
             ValueError: There are fewer samples than a global batch takes, or no captions where the task reads text.
         """
         self._maker = _batch_maker(source, spec, crop)
+        if spec.tokenizer is not None and crop.hflip and not rank:
+            log.warning(
+                "data.crop.hflip %g mirrors images, whose captions may say left and right or speak of what is written"
+                " there; CLIPs are trained with data.crop.hflip=0",
+                crop.hflip,
+            )
         self._source, self._batch_size, self._accumulation, self._seed = source, batch_size, accumulation, seed
         self._rank, self._world_size = rank, world_size
         self._global_batch = batch_size * accumulation * world_size
