@@ -250,13 +250,23 @@ def load_recipe(
             raise ConfigError([f"{name} is neither the folder of a run nor a recipe: {error.problems[0]}"]) from None
     changes = []
     if imagenet is not None:
-        first = read_recipe(find_recipe(name or DEFAULT_RECIPE)).get("evals") or [{}]
-        key = "roots.imagenet" if isinstance(first[0], dict) and first[0].get("name") == "zeroshot" else "roots"
-        changes = [f"evals.0.{key}={json.dumps(str(imagenet))}"]
+        changes = [f"{_place_of_imagenet(name or DEFAULT_RECIPE)}={json.dumps(str(imagenet))}"]
     if weights is not None:
         out = Path("runs") / f"evaluation-{Path(weights).stem}"
         changes += [f"weights={json.dumps(weights)}", f"run.out={json.dumps(str(out))}"]
     return load_config(EvaluationRecipe, name or DEFAULT_RECIPE, [*changes, *overrides])
+
+
+def _place_of_imagenet(recipe: str) -> str:
+    """Key of the folder of the ImageNet sets in a recipe whose first evaluation measures them."""
+    first = (read_recipe(find_recipe(recipe)).get("evals") or [{}])[0]
+    first = first if isinstance(first, dict) else {"name": first}
+    if first.get("name") == "robustness":
+        return "evals.0.roots"
+    if first.get("name") == "zeroshot" and "source" not in first:
+        return "evals.0.roots.imagenet"
+    text = f"--imagenet says where the ImageNet sets lie, which the first evaluation of {recipe} does not measure"
+    raise ConfigError([f"{text}; leave it out, or take evaluate/imagenet_robustness or evaluate/zeroshot_suite"])
 
 
 class Classifier(nn.Module):

@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from e2e.toy import recipe, train_here, train_in_processes
+from checkpoints.tiny_clip import randomised
+from e2e.pairs import Pairs
+from e2e.toy import join, recipe, start, train_here, train_in_processes
+from openeva import evaluate
+from openeva.checkpoints.native import save_native
+from openeva.config import validate
 from openeva.engine.log import read_log
 from openeva.evals import linear_probe
+from openeva.heads.clip import ClipConfig, ClipModel
 from openeva.targets.features import FeatureTarget
 
 EVALS = "evals=[{name: knn, k: 5}, {name: linear_probe, folds: 2}, {name: masked_cosine}]"
@@ -69,3 +75,38 @@ def test_features_are_measured_in_reduced_precision(strategy: str, tmp_path: Pat
     found = metrics(train_in_processes(recipe(tmp_path, f"run.strategy={strategy}", *changes), 2))
     assert set(found) == {*METRICS}
     assert all(-1 <= value <= 1 for value in found.values())
+
+
+def measure_clip(folder: str) -> None:
+    """Zero-shot classification and retrieval, in a process of its own."""
+    os.environ["OPENEVA_CACHE"] = f"{folder}/cache"
+    evaluate.measure(evaluate.load_recipe(f"{folder}/recipe.yaml", [f"run.out={folder}/{os.environ['WORLD_SIZE']}"]))
+
+
+def test_two_processes_measure_a_clip_as_one_does(tmp_path: Path) -> None:
+    tower = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "mlp_hidden": 64}
+    text = {"width": 16, "num_heads": 2, "depth": 1}
+    model = randomised(ClipModel(validate(ClipConfig, {"backbone": tower, "embed_dim": 16, "text": text})), 0)
+    task = {"name": "clip", **model.config.model_dump(mode="json")}
+    save_native(tmp_path / "clip", model.state_dict(), {"task": task})
+    pairs = Pairs(11, 40, captions=True)
+    for number in range(len(pairs)):
+        path = tmp_path / "images" / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs.read(number).image.save(path)
+    folder = {"name": "image_folder", "roots": str(tmp_path / "images"), "labels": True}
+    own = {"num_workers": 0, "batch_size": 3}
+    evals = [
+        {"name": "zeroshot", "source": folder, **own, "templates": "simple", "text_batch_size": 2},
+        {"name": "retrieval", "source": {"name": "e2e.pairs", "num_images": 11}, **own, "text_batch_size": 3},
+    ]
+    content = {"weights": str(tmp_path / "clip"), "evals": evals, "run": {"device": "cpu", "precision": "fp32"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    found = []
+    for size in (1, 2):
+        join(start(measure_clip, str(tmp_path), size=size, errors=tmp_path), tmp_path)
+        found.append(json.loads((tmp_path / str(size) / "evaluation.json").read_text()))
+    alone, together = (one["metrics"] for one in found)
+    assert (alone["zeroshot_images"], alone["retrieval_captions"]) == (11, 22)
+    assert together == pytest.approx(alone)
+    assert [one["processes"] for one in found] == [1, 2]

@@ -208,3 +208,12 @@ def test_a_clip_is_no_classifier(weights: str) -> None:
     result = openeva("evaluate", "mine.yaml", "run.device=cpu")
     assert result.exit_code == 2
     assert "a CLIP is measured by evaluate/zeroshot_suite and evaluate/retrieval" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["evaluate/retrieval", "evaluate/zeroshot_folder"])
+def test_the_folder_of_imagenet_is_for_its_sets(recipe: str) -> None:
+    result = openeva("evaluate", recipe, "--imagenet", "images")
+    assert result.exit_code == 2
+    assert f"which the first evaluation of {recipe} does not measure" in result.stderr
+    result = openeva("evaluate", "evaluate/zeroshot_suite", "--imagenet", "images")
+    assert "ImageNet-1K: no folder imagenet-1k or imagenet or ILSVRC2012 in images" in result.stderr

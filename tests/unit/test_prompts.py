@@ -1,5 +1,6 @@
 """Classes as texts: the published lists of templates, what a user gives instead, and the classifier made of them."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,14 @@ COUNTS = {
     "plain": 1, "simple": 1, "imagenet": 80, "cifar10": 18, "cifar100": 18, "ucf101": 48, "kinetics400": 28,
     "kinetics600": 28, "kinetics700": 28,
 }  # fmt: skip
-SOME = {
-    "imagenet": "a bad photo of a {c}.", "cifar10": "a low contrast photo of the {c}.",
-    "ucf101": "a demonstration of the person practicing {c}.", "kinetics700": "a example of a person during {c}.",
-}  # fmt: skip
+DIGESTS = {
+    "imagenet": "c078f4d4ced9",
+    "cifar10": "1762a3675d32",
+    "cifar100": "1762a3675d32",
+    "ucf101": "4429939c0c35",
+    "kinetics700": "18835ff550e4",
+}
+"""Of the whole lists: those of ImageNet and CIFAR as clip_benchmark 1.6.2 has them."""
 
 
 @pytest.fixture
@@ -45,7 +50,8 @@ def test_the_published_lists(name: str, count: int) -> None:
     templates = templates_for(name)
     assert len(set(templates)) == len(templates) == count
     assert read_templates(name) == templates  # each has one place for the class
-    assert SOME.get(name, "{c}") in templates or name not in SOME
+    digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()[:12]
+    assert DIGESTS.get(name, digest) == digest
 
 
 def test_other_data_sets_have_the_templates_of_clip_benchmark(clip_benchmark: None) -> None:
