@@ -156,6 +156,7 @@ def text_files(folder: Path) -> dict[str, tuple[str, dict[str, Tensor]]]:
     transformers = randomised(theirs, 3).state_dict() | {
         "vision_model.x": torch.zeros(1),
         "logit_scale": torch.zeros(()),
+        "text_model.embeddings.position_ids": torch.arange(16)[None],  # in the files of OpenAI's models
     }
     buffers = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(16), "vocab_size": torch.tensor(9)}
     save_file(custom, folder / "open_clip.safetensors")
