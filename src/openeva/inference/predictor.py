@@ -9,7 +9,7 @@ Source: spec section 7: images are seen as in the official evaluation of these w
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -205,8 +205,8 @@ class Predictor:
         self,
         images: ImageInput | Iterable[ImageInput],
         wanted: Wanted = Wanted(),
-    ) -> Iterator[Prediction]:
-        """Answer for images in their order; a broken one gets an `error`.
+    ) -> Generator[Prediction, None, None]:
+        """Answer for images in their order; a broken one gets an `error`. Closed early, it reads no more of them.
 
         Raises:
             ValueError: An address leads nowhere, or the model cannot give what is wanted; before the first image is
@@ -232,7 +232,7 @@ class Predictor:
             raise ValueError(f"layers {bad}: the model has blocks 0 to {depth - 1} (or -{depth} to -1)")
         return replace(wanted, layers=tuple(dict.fromkeys(layer % depth for layer in wanted.layers)))
 
-    def _answers(self, found: Iterable[FoundImage], wanted: Wanted) -> Iterator[Prediction]:
+    def _answers(self, found: Iterable[FoundImage], wanted: Wanted) -> Generator[Prediction, None, None]:
         for batch in self._batches(found):
             good = [view for _, view in batch if isinstance(view, Tensor)]
             answers = iter(self._answer(torch.stack(good), wanted) if good else ())

@@ -12,7 +12,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,25 +255,25 @@ class Index:
             return 0
         waiting, unsettled = _Waiting(), 0
         images = (file_image(os.fsencode(self._path(files.names[position]))) for position in todo.tolist())
-        try:
-            answers = self._towers.predictor(images, Wanted(embedding=True))
-            for number, (position, answer) in enumerate(zip(todo.tolist(), answers, strict=True), start=1):
-                error = answer.error
-                if answer.embedding is not None and np.isfinite(answer.embedding.pooled).all():
-                    waiting.features.append((position, unit(answer.embedding.pooled).astype(np.float16)))
-                elif error is not None and _can_be_opened(self._path(files.names[position])):
-                    waiting.broken[position] = error
-                else:
-                    error, unsettled = error or NOT_FINITE, unsettled + 1
-                if error is not None:
-                    done.broken[answer.source] = error
-                if waiting.is_due():
-                    self._put_down(files, waiting)
-                    waiting = _Waiting()
-                if finished is not None:
-                    finished(number, len(todo), error and f"{answer.source}: {error}")
-        finally:
-            self._put_down(files, waiting)
+        with closing(self._towers.predictor(images, Wanted(embedding=True))) as answers:
+            try:
+                for number, (position, answer) in enumerate(zip(todo.tolist(), answers, strict=True), start=1):
+                    error = answer.error
+                    if answer.embedding is not None and np.isfinite(answer.embedding.pooled).all():
+                        waiting.features.append((position, unit(answer.embedding.pooled).astype(np.float16)))
+                    elif error is not None and _can_be_opened(self._path(files.names[position])):
+                        waiting.broken[position] = error
+                    else:
+                        error, unsettled = error or NOT_FINITE, unsettled + 1
+                    if error is not None:
+                        done.broken[answer.source] = error
+                    if waiting.is_due():
+                        self._put_down(files, waiting)
+                        waiting = _Waiting()
+                    if finished is not None:
+                        finished(number, len(todo), error and f"{answer.source}: {error}")
+            finally:
+                self._put_down(files, waiting)
         return unsettled
 
     def _put_down(self, files: Files, waiting: "_Waiting") -> None:
