@@ -460,9 +460,10 @@ def _finished(
     world: World,
 ) -> Measurement:
     file = out / RESULTS_FILE if world.is_main else None
-    accuracies, recalls = published_zero_shot(weights), published_retrieval(weights)
+    released = "" if Path(weights).is_dir() else weights  # the folder of a run may be called like released weights
+    accuracies, recalls = published_zero_shot(released), published_retrieval(released)
     done = Measurement(
-        weights, metrics, compare(metrics, published_row(weights)), notes, facts, file,
+        weights, metrics, compare(metrics, published_row(released)), notes, facts, file,
         [row for one in evals if isinstance(one, zeroshot.ZeroShot) for row in one.rows(metrics, accuracies)],
         [row for one in evals if isinstance(one, retrieval.Retrieval) for row in one.rows(metrics, recalls)],
     )  # fmt: skip

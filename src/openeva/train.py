@@ -226,7 +226,8 @@ def split_batch(run: RunConfig, world: World) -> tuple[int, int]:
     micro_batch = run.micro_batch or per_process
     if per_process % micro_batch:
         each = f"run.batch_size {run.batch_size} over {world.size} processes is {per_process} samples each"
-        raise ConfigError([f"{each}, not a multiple of run.micro_batch {micro_batch}"])
+        fitting = max(size for size in range(1, micro_batch + 1) if per_process % size == 0)
+        raise ConfigError([f"{each}, not a multiple of run.micro_batch {micro_batch}; {fitting} would fit"])
     return per_process // micro_batch, micro_batch
 
 
@@ -417,8 +418,15 @@ def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths,
         f" {lengths.steps_per_epoch} steps of {recipe.run.batch_size};"
         f" {lengths.total} steps in all, {lengths.warmup} of warm-up",
         *(f"  {line}" for report in _load_reports(task) for line in report.lines()),
+        *_rates(recipe.optim),
         f"  on {world.size} x {world.device} -> {recipe.run.out}",
     ]
+
+
+def _rates(optim: OptimConfig) -> list[str]:
+    """Which part learns at which rate, where they differ: `optim.lr` alone does not change those of towers."""
+    rates = [f"{name} {optim.lr if tower.lr is None else tower.lr:g}" for name, tower in optim.towers.items()]
+    return [f"  learning rates: {', '.join(rates)}, the rest {optim.lr:g}"] if rates else []
 
 
 def _load_reports(task: Task) -> list[LoadReport]:

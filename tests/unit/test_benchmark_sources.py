@@ -11,8 +11,10 @@ from PIL import Image
 from torchvision import datasets
 
 from e2e.videos import write_video
+from openeva.checkpoints.published_clip import published_zero_shot
 from openeva.config import ConfigError, validate
 from openeva.data.sources import clip_benchmark, torchvision, video_folder
+from openeva.data.sources.torchvision import benchmark_name
 from openeva.data.sources.video_folder import centre_frame
 
 
@@ -199,3 +201,10 @@ def test_without_the_package_the_fix_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
     with pytest.raises(ConfigError, match="pip install clip-benchmark"):
         of_clip_benchmark(tmp_path)
+
+
+def test_names_of_torchvision_lead_to_the_benchmarks_texts_and_numbers() -> None:
+    names = ("OxfordIIITPet", "Flowers102", "FGVCAircraft", "StanfordCars", "Food101", "CIFAR100")
+    found = [benchmark_name(name) for name in names]
+    assert found == ["pets", "flowers", "fgvc_aircraft", "cars", "food101", "cifar100"]
+    assert set(found) <= set(published_zero_shot("eva_clip_psz14"))

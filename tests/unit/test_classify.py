@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openeva.backbones.vit import Config as BackboneConfig
 from openeva.checkpoints.native import save_native
-from openeva.config import ConfigError
+from openeva.config import ConfigError, validate
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.sources.base import Sample
 from openeva.tasks.classify import ClassifyTask, Config
@@ -317,3 +318,12 @@ def test_flops_count_a_frozen_backbone_once() -> None:
     learning = task.flops_per_sample()
     task.backbone.requires_grad_(False)
     assert math.isclose(learning - task.flops_per_sample(), 2 * task.backbone.flops())
+
+
+def test_another_number_of_heads_is_refused_though_shapes_agree(tmp_path: Path) -> None:
+    save_native(tmp_path, task_of(2).trainable.state_dict(), {"task": {"name": "classify", "backbone": VIT}})
+    other = {**VIT, "num_heads": 2 * VIT["num_heads"]}
+    with pytest.raises(ValueError, match=rf"init_from .*num_heads {VIT['num_heads']} instead of {other['num_heads']}"):
+        Config(backbone=other, num_classes=2, init_from=str(tmp_path)).build()
+    with pytest.raises(ValueError, match=rf"weights .*set task\.backbone: {{num_heads: {VIT['num_heads']}}}"):
+        validate(BackboneConfig, {**other, "weights": str(tmp_path)}).build()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openeva.backbones.vit import Config as BackboneConfig
 from openeva.config import validate
 from openeva.heads.clip import CLIP_VARIANTS, ClipConfig, ClipModel
 from openeva.tasks import clip
@@ -68,6 +69,14 @@ def test_a_fresh_image_tower(eva02: bool) -> None:
         assert not block.mlp.last.bias.any()
     kernel = tower.patch_embed.proj.weight
     assert kernel.abs().max().item() == pytest.approx((3 * 8 * 8) ** -0.5, rel=0.01)  # PyTorch's own, uniform
+
+
+def test_norms_after_the_block_start_as_identities() -> None:
+    """Zero is the rule of masked pre-training (spec section 1.6 of EVA-01), not of a CLIP drawn anew."""
+    tower = fresh(backbone={**IMAGE, "norm_order": "post"}).backbone
+    assert all((norm.weight == 1).all() for block in tower.blocks for norm in (block.norm1, block.norm2))
+    student = validate(BackboneConfig, {**IMAGE, "norm_order": "post"}).build()
+    assert not any(norm.weight.any() for block in student.blocks for norm in (block.norm1, block.norm2))
 
 
 def test_a_fresh_text_tower() -> None:

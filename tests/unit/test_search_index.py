@@ -173,7 +173,7 @@ def test_what_is_done_before_ctrl_c_is_not_done_again(
     with pytest.raises(ValueError, match="no index"):
         index.search("a dog")
     read_images.clear()
-    done = Index(photos).update()  # the parts say which weights
+    done = Index(photos, num_readers=1).update()  # the parts say which weights
     assert (done.num_new, done.broken, done.num_broken, done.num_images) == (2, {}, 1, 5)
     assert read_images == [(photos / name).read_bytes() for name in NAMES[4:]]
     assert [path.suffix for path in sorted(index.place.parent.iterdir())] == [".idx", ".lock"]
@@ -225,7 +225,7 @@ Index(sys.argv[1], weights=sys.argv[2], batch_size=1, num_readers=1).update(fini
 def test_killed_it_goes_on_from_the_last_part(photos: Path, weights: Path, read_images: list[bytes]) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, photos, weights], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert Index(photos).update().num_new == 2
+    assert Index(photos, num_readers=1).update().num_new == 2
     assert read_images == [(photos / name).read_bytes() for name in NAMES[4:]]
     assert len(Index(photos)) == len(NAMES)
 

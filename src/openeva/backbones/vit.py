@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openeva.backbones.base import STATISTICS, Backbone, Features
-from openeva.checkpoints.load import LoadReport, described_backbone, load_into, read_weights
+from openeva.checkpoints.load import LoadReport, check_unseen, described_backbone, load_into, read_weights
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
 from openeva.checkpoints.pretrained import find_entry
 from openeva.checkpoints.resize import (
@@ -76,7 +76,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva_8b_14": {"patch_size": 14, "width": 4096, "depth": 32, "num_heads": 32, "mlp_hidden": 20480},
     "eva_18b_14": {"patch_size": 14, "width": 5120, "depth": 48, "num_heads": 40, "mlp_hidden": 25600},
 }  # fmt: skip
-"""Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key."""
+"""Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key.
+
+8B and 18B have the dimensions of their paper (arXiv 2402.04252); their norms and biases are EVA-g's here, which nobody
+has verified: their released weights are not in the table.
+"""
 
 CLASSIFIER_STD = 0.02
 PROJECTION_SCALE = 0.001
@@ -187,8 +191,9 @@ class Config(ComponentConfig):
         model = VisionTransformer(self)
         if self.weights is not None:
             path = model_path(self.weights)
-            fresh = ("backbone.mask_token",)  # only encoders that were pre-trained with mask tokens have one
-            model.load_report = load_into(model, read_weights(path), fresh=fresh, part="backbone", grid=self.grid)
+            fresh, weights = ("backbone.mask_token",), read_weights(path)  # only pre-trained encoders have mask tokens
+            check_unseen(self, weights, f"weights {self.weights}")
+            model.load_report = load_into(model, weights, fresh=fresh, part="backbone", grid=self.grid)
             model.identity = (
                 f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
             )
@@ -291,7 +296,7 @@ class VisionTransformer(Backbone):
                 for layer in (block.attn.proj, block.mlp.last):
                     layer.weight.div_((2 * number) ** 0.5)
         self.init_projection()
-        if self.config.norm_order == "post":
+        if self.config.norm_order == "post" and self.config.init == "mim":
             for block in self._blocks():
                 for norm in (block.norm1, block.norm2):
                     nn.init.zeros_(norm.weight)

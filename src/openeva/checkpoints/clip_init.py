@@ -23,6 +23,7 @@ from openeva.checkpoints.load import (
     LoadReport,
     Weights,
     adapt,
+    check_unseen,
     drop_index_buffers,
     load_into,
     read_model,
@@ -34,8 +35,6 @@ from openeva.checkpoints.torchscript import is_torchscript, read_torchscript
 from openeva.checkpoints.weights import split_open_clip_name
 
 FRESH = "starts fresh in a new CLIP"
-UNSEEN = ("num_heads", "norm_order", "rope_grid")
-"""What no shape of an image tower shows, and what makes other features of the same weights."""
 OTHER_TOWER = "not part of this tower"
 TEXT_PROJECTION = "text.text_projection"
 
@@ -91,7 +90,7 @@ def _start_from_clip(model: nn.Module, address: str, grid: Grid | None) -> LoadR
             "use it as init_image"
         )
     _check_text(model, weights.state_dict, address, _recorded_heads(weights.config), "init_from")
-    _check_image(model, weights, address, "init_from")
+    check_unseen(getattr(model.backbone, "config", None), weights, f"init_from {address}")
     report = load_into(model, weights, fresh=("logit_bias",), grid=grid)
     if surplus := [key for key in report.dropped if key.startswith((PROJECTION, "projection."))]:
         raise ValueError(f"init_from {address}: the model has no place for {', '.join(surplus)}")
@@ -105,7 +104,7 @@ def _image_tower(
     address: str, model: nn.Module, expected: Mapping[str, Tensor], grid: Grid | None
 ) -> tuple[StateDict, LoadReport]:
     weights = read_weights(model_path(address))
-    _check_image(model, weights, address, "init_image")
+    check_unseen(getattr(model.backbone, "config", None), weights, f"init_image {address}")
     report = LoadReport(str(weights.source), f"image tower, {weights.described}", resized=dict(weights.moved))
     given, tables = drop_index_buffers(weights.state_dict)
     why = {key: _why_not_image(key) for key in given}
@@ -127,22 +126,6 @@ def _image_tower(
         listed = "\n".join(f"  - {key}: {report.dropped[key]}" for key in dropped)
         raise ValueError(f"init_image: the weights of {weights.source} do not fit the image tower:\n{listed}")
     return adapted, report
-
-
-def _check_image(model: nn.Module, weights: Weights, address: str, key: str) -> None:
-    """Say in one line where an image tower differs in what its run recorded, or is known of it, and no shape shows."""
-    entry, ours = weights.entry, getattr(getattr(model, "backbone", None), "config", None)
-    task: Any = weights.config.get("task") or {}
-    theirs = task.get("backbone") or (entry.overrides if entry is not None else {})
-    names = [name for name in UNSEEN if name in theirs and hasattr(ours, name)]
-    differing = {name: theirs[name] for name in names if theirs[name] != getattr(ours, name)}
-    if differing:
-        told = ", ".join(f"{name} {value} instead of {getattr(ours, name)}" for name, value in differing.items())
-        fix = ", ".join(f"{name}: {'null' if value is None else value}" for name, value in differing.items())
-        raise ValueError(
-            f"{key} {address}: its image tower has {told}, so that its weights mean something else here; choose another"
-            f" one, or set task.backbone: {{{fix}}}"
-        )
 
 
 def _why_not_image(key: str) -> str:

@@ -264,6 +264,34 @@ def drop_index_buffers(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dic
     return kept, {key: ROPE_REASON if ".rope." in key else INDEX_REASON for key in state_dict if key not in kept}
 
 
+UNSEEN = ("num_heads", "norm_order", "rope_grid")
+"""What no shape of an image encoder shows, and what makes other features of the same weights."""
+
+
+def check_unseen(ours: object, weights: Weights, told: str) -> None:
+    """Whether an image encoder agrees with what the weights' run recorded, or is known of them, and no shape shows.
+
+    Args:
+        ours: Config of the encoder that they are for.
+        weights: To start from.
+        told: Key and address, for the message.
+
+    Raises:
+        ValueError: It does not; one line with the fix.
+    """
+    task: Any = weights.config.get("task") or {}
+    theirs = task.get("backbone") or (weights.entry.overrides if weights.entry is not None else {})
+    names = [name for name in UNSEEN if name in theirs and hasattr(ours, name)]
+    differing = {name: theirs[name] for name in names if theirs[name] != getattr(ours, name)}
+    if differing:
+        has = ", ".join(f"{name} {value} instead of {getattr(ours, name)}" for name, value in differing.items())
+        fix = ", ".join(f"{name}: {'null' if value is None else value}" for name, value in differing.items())
+        raise ValueError(
+            f"{told}: its image tower has {has}, so that its weights mean something else here; choose another one, or"
+            f" set task.backbone: {{{fix}}}"
+        )
+
+
 def load_into(
     model: nn.Module,
     weights: Weights | Mapping[str, Tensor],

@@ -15,8 +15,8 @@ Percent = tuple[float, float | None, float | None]
 """Top-1, top-5, mean per class; None where there is no number."""
 
 EVA_G = ("eva_clip_psz14", "EVA01_CLIP_g_14_psz14_s11B")
-OTHERS = ("OpenAI CLIP ViT-L/14", "OpenCLIP ViT-H/14", "OpenCLIP ViT-g/14")
-"""Models in the same table that are not of this family."""
+OTHERS = ("ViT-L-14:openai", "ViT-H-14:laion2b_s32b_b79k", "ViT-g-14:laion2b_s12b_b42k")
+"""Models in the same table that are not of this family, as open_clip calls them: OpenAI CLIP-L, OpenCLIP-H and -g."""
 
 _TABLE: dict[str, tuple[Percent, Percent, Percent, Percent]] = {
     "imagenet_1k": ((75.55, 94.57, 75.55), (77.96, 95.23, 77.93), (76.65, 94.84, 76.66), (78.53, 95.51, 78.51)),
@@ -65,15 +65,15 @@ _OPEN_CLIP: dict[str, tuple[float, ...]] = {
 """Top-1 by open_clip's results file."""
 
 _RECALLS: dict[str, dict[str, tuple[float, float, float]]] = {
-    "OpenAI CLIP ViT-L/14": {
+    OTHERS[0]: {
         "flickr30k_t2i": (65.18, 87.28, 92.0), "flickr30k_i2t": (85.2, 97.3, 99.0),
         "coco_t2i": (36.51, 61.01, 71.11), "coco_i2t": (56.34, 79.32, 86.66),
     },
-    "OpenCLIP ViT-H/14": {
+    OTHERS[1]: {
         "flickr30k_t2i": (77.78, 94.14, 96.62), "flickr30k_i2t": (90.8, 99.3, 99.7),
         "coco_t2i": (49.47, 73.4, 81.53), "coco_i2t": (65.96, 86.06, 91.9),
     },
-    "OpenCLIP ViT-g/14": {
+    OTHERS[2]: {
         "flickr30k_t2i": (76.52, 93.62, 96.28), "flickr30k_i2t": (90.8, 99.1, 99.8),
         "coco_t2i": (47.99, 72.37, 80.75), "coco_i2t": (64.96, 85.3, 91.46),
     },

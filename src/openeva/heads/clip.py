@@ -62,7 +62,7 @@ CLIP_VARIANTS: dict[str, dict[str, Any]] = {
         "text": {"width": 128, "num_heads": 4, "depth": 3, "context_length": 32},
     },
 }  # fmt: skip
-"""Pairs of towers by name: spec section 1.1, the two largest by their paper's table, and two for CPUs."""
+"""Pairs of towers by name: spec section 1.1, the two largest by their paper's dimensions, and two for CPUs."""
 
 
 class ClipConfig(Config):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
 from openeva.backbones.vit import architecture_to_fine_tune
-from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.load import LoadReport, check_unseen, load_into, read_weights
 from openeva.checkpoints.native import model_path
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
@@ -154,6 +154,7 @@ class ClassifyTask(Task):
 
     def _start_from(self, address: str) -> LoadReport:
         weights = read_weights(model_path(address))
+        check_unseen(self.config.backbone, weights, f"init_from {address}")
         task: Any = weights.config.get("task") or {}
         names, why = task.get("class_names"), ""
         if not self.config.init_head:

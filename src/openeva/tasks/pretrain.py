@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
 from openeva.checkpoints.detect import prediction_width
-from openeva.checkpoints.load import LoadReport, load_into, read_weights
+from openeva.checkpoints.load import LoadReport, check_unseen, load_into, read_weights
 from openeva.checkpoints.native import model_path
 from openeva.config import Backbone as BackboneField
 from openeva.config import ComponentConfig
@@ -95,6 +95,7 @@ class PretrainTask(Task):
 
     def _start_from(self, address: str) -> LoadReport:
         weights = read_weights(model_path(address))
+        check_unseen(self.config.backbone, weights, f"init_from {address}")
         part, width = self.student.prediction_part, prediction_width(weights.state_dict)
         if not self.config.init_head:
             for name in [name for name in weights.state_dict if name.startswith(f"{part}.")]:

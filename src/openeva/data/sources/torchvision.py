@@ -21,6 +21,15 @@ from openeva.config import ConfigError
 from openeva.data.sources.base import Sample, SourceConfig
 from openeva.registry import did_you_mean
 
+_BENCHMARK_NAMES = {
+    "oxfordiiitpet": "pets", "flowers102": "flowers", "fgvcaircraft": "fgvc_aircraft", "stanfordcars": "cars",
+}  # fmt: skip
+
+
+def benchmark_name(dataset: str) -> str:
+    """What CLIP_benchmark calls a data set of torchvision: its templates and published accuracies go by that name."""
+    return _BENCHMARK_NAMES.get(dataset.lower(), dataset.lower())
+
 
 class Config(SourceConfig):
     """A data set of torchvision."""
@@ -85,7 +94,7 @@ class TorchvisionData:
 
     def __init__(self, data: Any, name: str) -> None:
         self._data, self._name = data, name
-        self.templates = name.split(maxsplit=1)[0].lower()
+        self.templates = benchmark_name(name.split(maxsplit=1)[0])
         self.class_names = [str(one) for one in data.classes]
         self.num_classes = len(self.class_names)
         self.identity = f"torchvision {name}"
