@@ -7,7 +7,7 @@ seen the data (the demo's EfficientNet-Lite0). Writes an HTML report, JSON with 
 already is used again, so that the same command goes on after a stop.
 
     python benchmarks/claim_init.py --loop --json benchmarks/results/claim_init_scenes_cpu.json
-    openeva data emoji --out data/emoji
+    openeva data emoji --out data/emoji --no-skin-tones
     python benchmarks/claim_init.py --data emoji --imagenet --out runs/claim_init/emoji
     python benchmarks/claim_init.py --draw docs/claim_init.png benchmarks/results/claim_init_*_cpu.json
 """

@@ -25,7 +25,7 @@ from openeva.engine.log import read_log
 from openeva.engine.precision import Precision
 from openeva.heads.clip import MAX_LOGIT_SCALE, ClipModel
 from openeva.tasks.clip import ClipTask, Config
-from openeva.train import Recipe, train
+from openeva.train import Recipe, dry_run, train
 
 IMAGE = {
     "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "mlp_hidden": 64, "rope_grid": 4,
@@ -314,3 +314,14 @@ def test_a_task_is_asked_for_features_of_any_length(tmp_path: Path) -> None:
     assert isinstance(task.model, ClipModel)
     expected_BE, _ = task._features(task.model, batch)
     torch.testing.assert_close(F.normalize(image_BE, dim=1), expected_BE)
+
+
+def test_a_dry_run_tells_the_rates_of_the_towers(tmp_path: Path) -> None:
+    lines = dry_run(recipe(tmp_path, "optim.towers={image: {lr: 0.0001}, text: {layer_decay: 0.9}}"))
+    assert "  learning rates: image 0.0001, text 0.002, the rest 0.002" in lines
+    assert not [line for line in dry_run(recipe(tmp_path)) if "learning rates" in line]
+
+
+def test_a_batch_that_cannot_be_cut_up_is_told_what_would_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"100 samples each, not a multiple of run.micro_batch 64; 50 would fit"):
+        dry_run(recipe(tmp_path, "run.batch_size=100", "run.micro_batch=64"))
