@@ -244,8 +244,8 @@ class ZeroShot:
 
         Args:
             metrics: Of `run`.
-            published: Of the same weights by set, in percent: top-1, top-5, mean per class. Left out where texts or crop
-                are not those of that protocol.
+            published: Of the same weights by set, in percent: top-1, top-5, mean per class. Left out where texts or
+                crop are not those of that protocol.
         """
         published = published if self._by_protocol() else {}
         rows, theirs = [], _as_metrics(published, self._start())

@@ -1,6 +1,7 @@
 """The report of a run, or of several: one HTML file that stands alone, readable on a phone, in light and dark.
 
-run folder -> `page.read_facts` (recipe, environment, log, tables) and `look.look` (its model on some images)
+run folder -> `page.read_facts` (recipe, environment, log, tables) and `look.look` (its model on some images; of a CLIP
+`pairs.look_at_pairs`)
 -> `pictures`, `curves`, `tables` -> `page.page` -> `report.html`
 run folders -> `compare.group_runs` -> `compare.comparison_page` -> `comparison.html`
 """
@@ -17,6 +18,7 @@ from openeva.data.loader import TooManyBrokenError
 from openeva.report.compare import Group, check_groups, comparison_page, group_runs, tables
 from openeva.report.look import Look, Progress, look
 from openeva.report.page import Facts, page, read_facts
+from openeva.report.pairs import Pairs, look_at_pairs
 from openeva.report.tables import Row, Table, Value, print_tables, read_results, write_results
 
 __all__ = [
@@ -94,8 +96,10 @@ def write_comparison(
     return tables(groups)
 
 
-def _look_or_reason(facts: Facts, num_images: int, progress: Progress | None) -> tuple[Look | None, str]:
+def _look_or_reason(facts: Facts, num_images: int, progress: Progress | None) -> tuple[Look | Pairs | None, str]:
     try:
+        if facts.recipe.task.name == "clip":
+            return look_at_pairs(facts.run, facts.recipe, num_images=num_images, progress=progress), ""
         return look(facts.run, facts.recipe, num_images=num_images, num_worst=NUM_WORST, progress=progress), ""
     except (ConfigError, ValueError, OSError, ImportError, TooManyBrokenError) as error:
         return None, str(error)

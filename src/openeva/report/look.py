@@ -167,7 +167,7 @@ def look(run: Path, recipe: Recipe, *, num_images: int, num_worst: int, progress
 
     seen = _predict(task, loader, count)
     candidates = _pool(task, gallery_loader, count)
-    chosen = np.unique(np.linspace(0, len(seen.image) - 1, num_images).round().astype(int)).tolist()
+    chosen = evenly_spread(len(seen.image), num_images)
     target_BNC, prediction_BNC, features_BNC = _colours(seen, chosen)
     rows, columns = task.grid
     shown = [
@@ -238,6 +238,12 @@ def bring_back(run: Path, recipe: Recipe) -> tuple[PretrainTask, str]:
         task.trainable.load_state_dict(tensors | state["model"])
         source = f"the checkpoint of step {step:,}"
     return task.to("cuda" if torch.cuda.is_available() else "cpu").eval(), source
+
+
+def evenly_spread(length: int, number: int) -> list[int]:
+    """At most so many positions in a sequence, first and last among them."""
+    chosen: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
+    return chosen
 
 
 def _device(task: PretrainTask) -> torch.device:

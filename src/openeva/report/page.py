@@ -21,6 +21,7 @@ from openeva.report import pictures
 from openeva.report.curves import legend_key, line_chart, number_text, series
 from openeva.report.document import document, paragraph, section, table_html
 from openeva.report.look import Look
+from openeva.report.pairs import Pairs
 from openeva.report.tables import Table, read_results
 from openeva.train import Recipe
 
@@ -108,7 +109,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def page(facts: Facts, look: Look | None, no_pictures: str = "") -> str:
+def page(facts: Facts, look: Look | Pairs | None, no_pictures: str = "") -> str:
     """The whole document; `no_pictures` says why `look` is None."""
     name = facts.run.resolve().name
     sections = [
@@ -128,7 +129,7 @@ def page(facts: Facts, look: Look | None, no_pictures: str = "") -> str:
 # ------------------------------------------------------------------------------------------------ sections
 
 
-def _head(facts: Facts, look: Look | None) -> str:
+def _head(facts: Facts, look: Look | Pairs | None) -> str:
     last = facts.training[-1] if facts.training else {}
     state = "finished" if facts.finished else f"unfinished, at step {last.get('step', 0):,}"
     when = f" · {_date(last['time'])}" if "time" in last else ""
@@ -143,7 +144,7 @@ def _head(facts: Facts, look: Look | None) -> str:
     )
 
 
-def _key_numbers(facts: Facts, look: Look | None) -> Iterable[tuple[str, str]]:
+def _key_numbers(facts: Facts, look: Look | Pairs | None) -> Iterable[tuple[str, str]]:
     losses = series(facts.evaluations, "held_out_loss", "").points
     if losses and facts.predicts_features:
         yield "held-out cosine", f"{-losses[-1][1]:.3f}"
@@ -159,10 +160,13 @@ def _key_numbers(facts: Facts, look: Look | None) -> Iterable[tuple[str, str]]:
         yield "broken files", f"{facts.num_broken:,}"
 
 
-def _in_words(facts: Facts, look: Look | None) -> str:
+def _in_words(facts: Facts, look: Look | Pairs | None) -> str:
     """A paragraph for someone who has not seen the recipe."""
     student = _student(facts, look)
     sentences = [f"A {student} learns the task {facts.recipe.task.name}."]
+    if facts.recipe.task.name == "clip":
+        size = f" ({number_text(look.num_parameters)} parameters)" if look is not None else ""
+        sentences = [f"A {_student(facts, None)} and a text tower{size} learn which texts belong to which images."]
     if facts.predicts_features:
         sentences = [f"A {student} learns to predict what a frozen teacher sees at patches that are hidden from it."]
     if not facts.training:
@@ -190,7 +194,7 @@ def _in_words(facts: Facts, look: Look | None) -> str:
     return " ".join(sentences)
 
 
-def _student(facts: Facts, look: Look | None) -> str:
+def _student(facts: Facts, look: Look | Pairs | None) -> str:
     size = f"{number_text(look.num_parameters)}-parameter " if look is not None else ""
     backbone: Any = getattr(facts.recipe.task, "backbone", None)
     name = str(getattr(backbone, "variant", None) or getattr(backbone, "name", "model"))
@@ -213,7 +217,16 @@ def _results(facts: Facts) -> str:
     return section("Results", "".join(map(table_html, facts.results))) if facts.results else ""
 
 
-def _pictures(look: Look) -> str:
+def _pictures(look: Look | Pairs) -> str:
+    if isinstance(look, Pairs):
+        texts = (
+            f"Held-out images through {look.source}, each with its caption, and the nearest of {look.num_texts:,} texts"
+            " by cosine. ✓ marks the image's own."
+        )
+        images = f"The same captions, and the nearest of {look.num_images:,} held-out images."
+        return section("Texts found for images", paragraph(texts) + pictures.texts_found(look), "texts") + section(
+            "Images found for texts", paragraph(images) + pictures.images_found(look), "images"
+        )
     kind = "held-out" if look.held_out else "training"
     fifth, mean = np.percentile(look.cosines, 5), look.cosines.mean()
     same = pictures.share_of_same_labels(look.shown)
@@ -306,7 +319,7 @@ def _broken(facts: Facts) -> str:
     return section(f"Broken files ({facts.num_broken:,})", f"{words}<ul>{items}</ul>{tail}")
 
 
-def _what_was_run(facts: Facts, look: Look | None) -> str:
+def _what_was_run(facts: Facts, look: Look | Pairs | None) -> str:
     recipe, environment = facts.recipe, facts.environment
     target: Any = getattr(recipe.task, "target", None)
     num_train = f"{look.num_train:,} for training" if look is not None and look.num_train else ""

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from openeva.inference.contact_sheet import embedded
 from openeva.report.look import Colours, Look, Pixels, Shown, Worst
+from openeva.report.pairs import Pairs
 
 SIDE = 224
 """Pixels of a tile's longer side; larger images are reduced to it."""
@@ -52,6 +53,34 @@ def neighbours(look: Look) -> str:
             mark = {None: "", True: " ✓", False: " ✗"}[found.same_label]
             tiles += tile(photo(found.image, f"neighbour {number}"), f"{found.cosine:.3f}{mark}")
         rows.append(f'<div class="row"><div class="grid six">{tiles}</div></div>')
+    return "".join(rows)
+
+
+def texts_found(pairs: Pairs) -> str:
+    """One row per image: the image with its caption, then the texts nearest to it."""
+    rows = ""
+    for shown in pairs.images:
+        items = "".join(
+            f"<li{' class=own' if found.own else ''}><b>{found.cosine:.3f}</b> {html.escape(found.text)}"
+            f"{' ✓' if found.own else ''}</li>"
+            for found in shown.found
+        )
+        place = "" if shown.rank <= len(shown.found) else f'<p class="note">its own comes at place {shown.rank:,}</p>'
+        picture = tile(photo(shown.image, shown.caption), shown.caption, "query")
+        rows += f'<div class="pair">{picture}<div><ol>{items}</ol>{place}</div></div>'
+    return rows
+
+
+def images_found(pairs: Pairs) -> str:
+    """One row per text: the images nearest to it."""
+    rows = []
+    for query in pairs.queries:
+        tiles = "".join(
+            tile(photo(image, query.text), f"{cosine:.3f}{' ✓' if own else ''}", "query" if own else "")
+            for image, cosine, own in query.found
+        )
+        text = f'<p class="caption">{html.escape(query.text)}</p>'
+        rows.append(f'<div class="row">{text}<div class="grid six">{tiles}</div></div>')
     return "".join(rows)
 
 
