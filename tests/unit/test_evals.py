@@ -142,3 +142,13 @@ def test_the_other_image_is_a_training_image(channel, cosine):
             batch["image"][:, number] = 200
     found = masked_cosine.Config().build().run(Guess(), {"train": train, "val": val})
     assert found["other_image"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_a_loader_that_is_gone_leaves_its_features_to_no_other():
+    """Evaluations with images of their own make a loader each; the memory of one becomes that of the next."""
+    backbone = Colours()
+    with shared_features():
+        for number in range(20):
+            loader = batches(8, label=number)
+            assert set(extract_features(backbone, loader).labels.tolist()) == {number}
+            del loader

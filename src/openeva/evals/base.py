@@ -94,18 +94,37 @@ class LabelledFeatures(NamedTuple):
     labels: Int[Tensor, "B"]
 
 
-_found: ContextVar[dict[tuple[int, int], LabelledFeatures] | None] = ContextVar("_found", default=None)
+Result = TypeVar("Result")
+
+
+class _Shared:
+    """What functions made of a model and a loader, each once.
+
+    Both are kept as long: a loader that is gone could leave its `id` to the next one, whose features would be its.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int, int], tuple[object, object, Any]] = {}
+
+    def get(self, make: Callable[[Any, Any], Result], model: object, loader: object) -> Result:
+        key = (make.__name__, id(model), id(loader))
+        if key not in self._made:
+            self._made[key] = (model, loader, make(model, loader))
+        made: Result = self._made[key][2]
+        return made
+
+
+_shared: ContextVar[_Shared | None] = ContextVar("_shared", default=None)
 
 
 @contextmanager
 def shared_features() -> Iterator[None]:
     """Within this context the weights do not change: features are extracted once, for all evaluations that ask."""
-    token, encoded = _found.set({}), _encoded.set({})
+    token = _shared.set(_Shared())
     try:
         yield
     finally:
-        _found.reset(token)
-        _encoded.reset(encoded)
+        _shared.reset(token)
 
 
 def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
@@ -114,13 +133,8 @@ def extract_features(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> La
     Raises:
         ValueError: Images without labels; nothing after the first batch of them is looked at.
     """
-    found = _found.get()
-    key = (id(backbone), id(loader))
-    if found is None:
-        return _extract(backbone, loader)
-    if key not in found:
-        found[key] = _extract(backbone, loader)
-    return found[key]
+    shared = _shared.get()
+    return _extract(backbone, loader) if shared is None else shared.get(_extract, backbone, loader)
 
 
 def _extract(backbone: Backbone, loader: Iterable[dict[str, Any]]) -> LabelledFeatures:
@@ -176,9 +190,6 @@ def encode_all(
     # each process has every n-th sample; the folds of a probe go by the order
     order_B = index_B.argsort()
     return LabelledFeatures(pooled_BD[order_B], label_B[order_B])
-
-
-Result = TypeVar("Result")
 
 
 def once(compute: Callable[[], Result]) -> Result:
@@ -393,17 +404,10 @@ class EncodedImages(NamedTuple):
     broken: dict[str, str]
 
 
-_encoded: ContextVar[dict[tuple[int, int], EncodedImages] | None] = ContextVar("_encoded", default=None)
-
-
 def encode_images(task: Any, loader: Iterable[dict[str, Any]]) -> EncodedImages:
     """Features of the images of this process's share of a loader; within `shared_features`, once for all who ask."""
-    found, key = _encoded.get(), (id(task), id(loader))
-    if found is None:
-        return _encode_images(task, loader)
-    if key not in found:
-        found[key] = _encode_images(task, loader)
-    return found[key]
+    shared = _shared.get()
+    return _encode_images(task, loader) if shared is None else shared.get(_encode_images, task, loader)
 
 
 @torch.no_grad()
