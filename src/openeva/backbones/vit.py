@@ -78,8 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Architectures of EVA's table 1 and of EVA-02, and small ones in the same style; a recipe may override every key.
 
-8B and 18B have the dimensions of their paper (arXiv 2402.04252); their norms and biases are EVA-g's here, which nobody
-has verified: their released weights are not in the table.
+8B and 18B have the dimensions of their paper (arXiv 2402.04252); their norms and biases are EVA-g's here, which was not
+verified: a released file that differs is refused on loading.
 """
 
 CLASSIFIER_STD = 0.02
