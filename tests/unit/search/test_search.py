@@ -27,27 +27,9 @@ from searches import (
     indexed,
     names,
     put_image,
-    put_photos,
-    saved,
     scores,
     stop_after,
 )
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OPENEVA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return put_photos(tmp_path / "photos")
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    return saved(tmp_path / "run", clip())
 
 
 @pytest.fixture
