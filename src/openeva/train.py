@@ -245,14 +245,15 @@ def build_task(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) ->
 
 
 def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -> list[Evaluation]:
-    """The recipe's evaluations.
+    """The recipe's evaluations; those that care for the classes of held-out images have `check_held_out(names)`.
 
     Raises:
         ConfigError: The data lack what one of them needs.
     """
     evals: list[Evaluation] = [config.build() for config in recipe.evals]
     problems = []
-    for config, needs in zip(recipe.evals, map(needs_of, evals), strict=True):
+    for config, evaluation in zip(recipe.evals, evals, strict=True):
+        needs = needs_of(evaluation)
         if "train" in needs and isinstance(train, Streams):
             problems.append(f"evals: {config.name} needs training images that are files: streams cannot be read twice")
         labelled = {"train": train, "val": val} if "labels" in needs else {"val": val} if "val_labels" in needs else {}
@@ -261,6 +262,10 @@ def build_evals(recipe: Recipe, train: Mixture | Streams, val: Mixture | None) -
                 problems.append(
                     f"evals: {config.name} needs labels, but data.{part} has none (image_folder: labels=true)"
                 )
+        try:
+            getattr(evaluation, "check_held_out", lambda _: None)([] if val is None else val.class_names)
+        except ValueError as error:
+            problems.append(f"evals: {config.name}: {error}")
     if problems:
         raise ConfigError(problems)
     return evals

@@ -325,3 +325,11 @@ def test_a_dry_run_tells_the_rates_of_the_towers(tmp_path: Path) -> None:
 def test_a_batch_that_cannot_be_cut_up_is_told_what_would_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"100 samples each, not a multiple of run.micro_batch 64; 50 would fit"):
         dry_run(recipe(tmp_path, "run.batch_size=100", "run.micro_batch=64"))
+
+
+def test_wrong_class_names_are_told_before_training(tmp_path: Path) -> None:
+    scenes = "{name: scenes, num_images: 16, size: 32, captions: true}"
+    names = "evals=[{name: zeroshot, class_names: [disc, square]}]"
+    asked = recipe(tmp_path, f"data.train=[{scenes}]", f"data.val=[{scenes}]", "data.holdout=0", names)
+    with pytest.raises(ConfigError, match="zeroshot: class_names has 2 names, but the images have 8 classes"):
+        dry_run(asked)

@@ -152,6 +152,15 @@ class ZeroShot:
             if one.source is not None:
                 self._names(one, class_names_of(one.source))
 
+    def check_held_out(self, known: Sequence[str]) -> None:
+        """Whether class names that were given are those of the held-out images, where those are measured.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if self.sets == [HELD_OUT] and known:
+            self._names(HELD_OUT, known)
+
     @torch.no_grad()
     def run(self, task: Any, loaders: Mapping[str, Any]) -> dict[str, float]:
         """Metrics as in the module's text.
