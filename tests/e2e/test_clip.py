@@ -228,8 +228,8 @@ def test_patch_dropout_keeps_other_patches_for_each_image_and_step(monkeypatch: 
 def test_pairs_are_learnt_by_heart(loss: str, tmp_path: Path) -> None:
     changes = [
         *("data.train.0.num_images=16", "data.holdout=0", "data.val=[{name: e2e.pairs, num_images: 16}]"),
-        *("run.length=120 steps", "run.batch_size=16", "run.micro_batch=8", "run.log_every=50 steps"),
-        *("run.evaluate_every=120 steps", "run.save_every=0 steps", "optim.ema=null", f"task.loss={loss}"),
+        *("run.length=240 steps", "run.batch_size=16", "run.micro_batch=8", "run.log_every=50 steps"),
+        *("run.evaluate_every=240 steps", "run.save_every=0 steps", "optim.ema=null", f"task.loss={loss}"),
         *("optim.lr=0.004", "optim.warmup=30 steps", "optim.clip_grad=1", "optim.weight_decay=0"),
     ]
     train(recipe(tmp_path, *changes))
