@@ -233,8 +233,8 @@ def draw(file: Path, results: Sequence[Path]) -> None:
             panel.set_xlim(left=0)
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
-    names = max((panel.get_legend_handles_labels() for panel in axes.flat), key=lambda found: len(found[0]))
-    figure.legend(*names, loc="lower center", ncol=len(names[0]), frameon=False, fontsize=10)
+    lines = {label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=len(lines), frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
     figure.savefig(file, dpi=110)
 
