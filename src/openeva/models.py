@@ -239,9 +239,9 @@ def _load(address: str, variant: str | None, head: _Head, overrides: Mapping[str
     if wanted.num_classes:
         model = wanted.on(backbone, wanted.num_classes)
         own = wanted == _Head(found.num_classes, found.pooling, found.batch_norm)
-        report = load_into(model, weights, fresh=() if own else FRESH_HEAD, grid=config.grid)
+        report = load_into(model, weights, fresh=() if own else FRESH_HEAD, grid=config.token_grid)
     else:
-        report = load_into(backbone, weights, part="backbone", fresh=("backbone.mask_token",), grid=config.grid)
+        report = load_into(backbone, weights, part="backbone", fresh=("backbone.mask_token",), grid=config.token_grid)
     _tell_origin(model, backbone, address, weights, report)
     return model
 

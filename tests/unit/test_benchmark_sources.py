@@ -15,7 +15,6 @@ from openeva.checkpoints.published_clip import published_zero_shot
 from openeva.config import ConfigError, validate
 from openeva.data.sources import clip_benchmark, torchvision, video_folder
 from openeva.data.sources.torchvision import benchmark_name
-from openeva.data.sources.video_folder import centre_frame
 
 
 def grey(image: Image.Image) -> float:
@@ -31,7 +30,7 @@ def test_the_middle_frame_counts(num_frames: int, ending: str, tmp_path: Path) -
     greys = np.linspace(20, 230, num_frames).astype(int).tolist()
     path = tmp_path / f"one.{ending}"
     write_video(path, greys)
-    image = centre_frame(path)
+    image = Video(path).middle()
     assert (image.mode, image.size) == ("RGB", (48, 48))
     assert grey(image) == pytest.approx(greys[num_frames // 2], abs=3)
 
@@ -41,7 +40,7 @@ def test_broken_videos_are_errors_of_reading(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"")
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         with pytest.raises(OSError, match=name):
-            centre_frame(tmp_path / name)
+            Video(tmp_path / name).middle()
 
 
 @pytest.fixture

@@ -15,17 +15,20 @@ class Features:
 
     Attributes:
         pooled: One vector per image, `[B, D]`.
-        patches: One vector per patch, raster order, `[B, N, D]` with `N = y * x`.
+        patches: One vector per patch, raster order, `[B, N, D]` with `N = y * x`; of clips one raster after the other,
+            `N = slots * y * x`.
         grid: `(y, x)`, rows and columns of the patch grid.
-        pyramid: Requested intermediate layers, `layer index -> [B, D', y', x']`.
+        pyramid: Requested intermediate layers, `layer index -> [B, D', y', x']`; of clips `[B, D', slots, y', x']`.
         cls: The cls token after the final norm, `[B, D]`; None where there is none.
+        slots: Patches along the time axis; 1 for images.
     """
 
     pooled: Float[Tensor, "B D"]
     patches: Float[Tensor, "B N D"]
     grid: tuple[int, int]
-    pyramid: dict[int, Float[Tensor, "B _ _ _"]] = field(default_factory=dict)
+    pyramid: dict[int, Float[Tensor, "B _ *grid"]] = field(default_factory=dict)
     cls: Float[Tensor, "B D"] | None = None
+    slots: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Backbone(nn.Module):
         stride: Pixels per patch side.
         num_layers: Number of layers that `layers` may ask for.
         image_size: `(height, width)` in pixels that it was built for.
+        num_frames: Frames of the clips that it takes, `[B, T, C, Y, X]`; None = it takes images.
         normalisation: Statistics its input must be normalised with.
         identity: Says which weights these are and what is read off them (`"open_clip:ViT-L-14/openai"`, plus a digest
             of the file where there is one). Recorded in checkpoints; two backbones of the same identity, `image_size`
@@ -63,17 +67,18 @@ class Backbone(nn.Module):
     image_size: tuple[int, int]
     normalisation: Normalisation
     identity: str
+    num_frames: int | None = None
 
     def forward(
         self,
-        image_BCYX: Float[Tensor, "B C Y X"],
+        image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"],
         mask_BN: Bool[Tensor, "B N"] | None = None,
         layers: tuple[int, ...] = (),
     ) -> Features:
         """Encode normalised images.
 
         Args:
-            image_BCYX: Normalised images.
+            image_BCYX: Normalised images, or clips where `num_frames` says so.
             mask_BN: True where a patch is hidden from the encoder; only backbones with a mask token take it.
             layers: Layer indices (negative from the end) to return in `Features.pyramid`.
         """
@@ -84,5 +89,5 @@ class Backbone(nn.Module):
         return set()
 
     def flops(self) -> float:
-        """FLOPs (2 per multiply-add) of one forward pass of one image of `image_size`."""
+        """FLOPs (2 per multiply-add) of one forward pass of one image of `image_size`, or of one clip."""
         raise NotImplementedError

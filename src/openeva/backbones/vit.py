@@ -1,13 +1,16 @@
 """ONE vision transformer for the whole EVA family; variants are data.
 
 image[B,3,Y,X] -> patches[B,N,D] -> masked ones replaced -> cls + positions -> blocks -> norm -> Features
+clip[B,T,3,Y,X] -> patches of all time slots, one raster after the other -> the same
 
 Paper: EVA section 2.1, table 1; EVA-02 (arXiv 2303.11331) section 2.1. Source: spec sections 1.1-1.6 of EVA-01, 1.3 and
-4.1-4.3 of EVA-02. Deliberate differences: relative position tables hang on the module that uses them; q, k and v are
-one matrix, gate and value too (names and layout are translated in `checkpoints/`); index tables and rotary tables are
-recomputed and never stored; attention is fused; images may have any size and shape.
+4.1-4.3 of EVA-02, 2 of video (joint attention over space and time). Deliberate differences: relative position tables
+hang on the module that uses them; q, k and v are one matrix, gate and value too (names and layout are translated in
+`checkpoints/`); index tables and rotary tables are recomputed and never stored; attention is fused; images may have any
+size and shape.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,7 @@ from openeva.checkpoints.load import LoadReport, check_unseen, described_backbon
 from openeva.checkpoints.native import WEIGHTS_FILE, model_path
 from openeva.checkpoints.pretrained import find_entry
 from openeva.checkpoints.resize import (
+    AnyGrid,
     Grid,
     resize_decoupled_relative_position_table,
     resize_position_embedding,
@@ -98,6 +102,8 @@ class Config(ComponentConfig):
     )
     image_size: int | tuple[int, int] = Field(224, description="pixels: side, or (height, width)")
     patch_size: int = Field(gt=0, description="pixels")
+    num_frames: int | None = Field(None, gt=0, description="T, frames of a clip; none = the model takes images")
+    tubelet: int = Field(1, gt=0, description="frames of a patch of a clip")
     width: int = Field(gt=0, description="D, channels per token")
     depth: int = Field(gt=0, description="number of blocks")
     num_heads: int = Field(gt=0)
@@ -169,7 +175,22 @@ class Config(ComponentConfig):
             raise ValueError(f"rope_grid needs heads whose width is a multiple of 4, not {head_width}")
         if self.positions == "sincos" and self.width % 4:
             raise ValueError(f"positions: sincos needs a width that is a multiple of 4, not {self.width}")
+        self._time_fits()
         return self
+
+    def _time_fits(self) -> None:
+        if self.num_frames is None:
+            if self.tubelet != 1:
+                raise ValueError(f"tubelet {self.tubelet} is for clips; give num_frames too")
+            return
+        if self.num_frames % self.tubelet:
+            raise ValueError(f"num_frames {self.num_frames} is not a multiple of tubelet {self.tubelet}")
+        without_time = {
+            "positions": self.positions == "sincos", "relative_position": self.relative_position != "none",
+            "rope_grid": self.rope_grid is not None, "dynamic_size": self.dynamic_size,
+        }  # fmt: skip
+        if found := [key for key, given in without_time.items() if given]:
+            raise ValueError(f"{' and '.join(found)} know no time axis: a model with num_frames has learned positions")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -180,6 +201,16 @@ class Config(ComponentConfig):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
+
+    @property
+    def slots(self) -> int:
+        """Patches along the time axis; 1 for images."""
+        return (self.num_frames or 1) // self.tubelet
+
+    @property
+    def token_grid(self) -> AnyGrid:
+        """As `grid`, of clips with the time slots in front."""
+        return self.grid if self.num_frames is None else (self.slots, *self.grid)
 
     def build(self) -> "VisionTransformer":
         """Make the model, with the given weights or freshly drawn ones.
@@ -193,16 +224,16 @@ class Config(ComponentConfig):
             path = model_path(self.weights)
             fresh, weights = ("backbone.mask_token",), read_weights(path)  # only pre-trained encoders have mask tokens
             check_unseen(self, weights, f"weights {self.weights}")
-            model.load_report = load_into(model, weights, fresh=fresh, part="backbone", grid=self.grid)
+            model.load_report = load_into(model, weights, fresh=fresh, part="backbone", grid=self.token_grid)
             model.identity = (
                 f"{model.identity}/{path.name}-{digest_of_file(path / WEIGHTS_FILE if path.is_dir() else path)}"
             )
         return model
 
 
-def architecture_of(weights: str, num_heads: int | None = None) -> dict[str, Any]:
+def architecture_of(weights: str, num_heads: int | None = None, num_frames: int | None = None) -> dict[str, Any]:
     """Dimensions and switches of the transformer in a model folder or weight file, a CLIP's projection among them."""
-    return described_backbone(read_weights(model_path(weights)), num_heads=num_heads)
+    return described_backbone(read_weights(model_path(weights)), num_heads=num_heads, num_frames=num_frames)
 
 
 TRAINING_KEYS = (
@@ -212,14 +243,16 @@ TRAINING_KEYS = (
 """Keys that are not part of the architecture, and so are not taken from weights."""
 
 
-def architecture_to_fine_tune(weights: str, num_heads: int | None = None) -> dict[str, Any]:
+def architecture_to_fine_tune(
+    weights: str, num_heads: int | None = None, num_frames: int | None = None
+) -> dict[str, Any]:
     """Keys of a transformer that starts from weights; of released ones without looking at the file.
 
     Fixed sin-cos positions become learned ones, which start from the table (spec section 1.1).
     """
     entry = None if Path(weights).expanduser().exists() else find_entry(weights)
     if entry is None:
-        found = architecture_of(weights, num_heads)
+        found = architecture_of(weights, num_heads, num_frames)
     else:
         size = {} if entry.image_size is None else {"image_size": entry.image_size}
         found = {"variant": entry.variant, **VARIANTS[entry.variant], **size, **entry.overrides}
@@ -239,12 +272,14 @@ class VisionTransformer(Backbone):
         super().__init__()
         self.config = config
         self.width, self.stride, self.num_layers = config.projection or config.width, config.patch_size, config.depth
-        self.image_size, self.grid = config.image_shape, config.grid
+        self.image_size, self.grid, self.num_frames = config.image_shape, config.grid, config.num_frames
+        self.token_grid = config.token_grid
         self.normalisation = STATISTICS[config.statistics]
         self.identity = f"vit:{config.variant or 'custom'}"
-        num_tokens = 1 + config.grid[0] * config.grid[1]
+        num_tokens = 1 + math.prod(config.token_grid)
 
-        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        tubelet = None if config.num_frames is None else config.tubelet
+        self.patch_embed = PatchEmbed(config.patch_size, config.width, tubelet)
         if config.patch_grad_scale == 0.0:  # nothing may wait for a gradient that never comes, as DDP would
             self.patch_embed.requires_grad_(False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -285,7 +320,7 @@ class VisionTransformer(Backbone):
             cut = 1.0 if self.config.init == "mim" else None
             std = self.config.init_std if cut else CLASSIFIER_STD
             for module in self.modules():
-                if isinstance(module, nn.Linear) or (cut and isinstance(module, nn.Conv2d)):
+                if isinstance(module, nn.Linear) or (cut and isinstance(module, nn.Conv2d | nn.Conv3d)):
                     truncated_normal_(module.weight, std, cut)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
@@ -315,14 +350,14 @@ class VisionTransformer(Backbone):
 
     def forward(
         self,
-        image_BCYX: Float[Tensor, "B C Y X"],
+        image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"],
         mask_BN: Bool[Tensor, "B N"] | None = None,
         layers: tuple[int, ...] = (),
     ) -> Features:
         """Encode normalised images; masked patches are replaced by `mask_token` (positions stay visible).
 
         Args:
-            image_BCYX: Normalised images of `image_size`, or of any size with `dynamic_size`.
+            image_BCYX: Normalised images of `image_size`, or of any size with `dynamic_size`; clips of `num_frames`.
             mask_BN: True where a patch is hidden.
             layers: Indices of blocks whose output (before the final norm) is returned in `Features.pyramid`.
 
@@ -337,15 +372,17 @@ class VisionTransformer(Backbone):
 
     def _kept_patches(self, image_BCYX: Tensor) -> Int[Tensor, "B M"]:
         """What patch dropout leaves of each image, in random order (spec section 2.5)."""
-        rows, columns = self._grid_of(image_BCYX)
-        scores_BN = torch.randn(len(image_BCYX), rows * columns, device=image_BCYX.device)
-        return scores_BN.topk(self.num_kept(rows * columns), dim=1).indices
+        num_patches = self.config.slots * math.prod(self._grid_of(image_BCYX))
+        scores_BN = torch.randn(len(image_BCYX), num_patches, device=image_BCYX.device)
+        return scores_BN.topk(self.num_kept(num_patches), dim=1).indices
 
     def num_kept(self, num_patches: int) -> int:
         """Patches of an image that training sees."""
         return max(1, int(num_patches * (1 - self.config.patch_dropout)))
 
-    def forward_visible(self, image_BCYX: Float[Tensor, "B C Y X"], visible_BM: Int[Tensor, "B M"]) -> Features:
+    def forward_visible(
+        self, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"], visible_BM: Int[Tensor, "B M"]
+    ) -> Features:
         """Encode some patches of each image as if there were no others (MAE-style encoders, patch dropout).
 
         Args:
@@ -378,17 +415,18 @@ class VisionTransformer(Backbone):
             else:
                 x_BSD = block(x_BSD, bias, None, place)
             if number in wanted:
-                pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, grid)
+                slots = () if self.num_frames is None else (self.config.slots,)
+                pyramid[wanted[number]] = x_BSD[:, 1:].transpose(1, 2).unflatten(2, (*slots, *grid))
         x_BSD = self.norm(x_BSD)
         cls_BD, patches_BND = x_BSD[:, 0], x_BSD[:, 1:]
         if self.projection is not None:  # apart, so that the backward pass of CLIP ends at cls
             cls_BE, patches_BNE = self.projection(cls_BD), self.projection(patches_BND)
-            return Features(cls_BE, patches_BNE, grid, pyramid, cls=cls_BE)
-        return Features(patches_BND.mean(dim=1), patches_BND, grid, pyramid, cls=cls_BD)
+            return Features(cls_BE, patches_BNE, grid, pyramid, cls_BE, self.config.slots)
+        return Features(patches_BND.mean(dim=1), patches_BND, grid, pyramid, cls_BD, self.config.slots)
 
     def embed(
         self,
-        image_BCYX: Float[Tensor, "B C Y X"],
+        image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"],
         mask_BN: Bool[Tensor, "B N"] | None = None,
         visible_BM: Int[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B S D"]:
@@ -416,6 +454,12 @@ class VisionTransformer(Backbone):
             ValueError: The model does not take that size.
         """
         height, width = image_BCYX.shape[-2:]
+        frames = None if image_BCYX.ndim == 4 else image_BCYX.shape[1]
+        if frames != self.num_frames:
+            wanted = "images [B, 3, Y, X]" if self.num_frames is None else f"clips [B, {self.num_frames}, 3, Y, X]"
+            raise ValueError(
+                f"this model takes {wanted}, got {tuple(image_BCYX.shape)}; build it with num_frames={frames}"
+            )
         if (height, width) == self.image_size:
             return self.grid
         if not self.config.dynamic_size:
@@ -450,19 +494,19 @@ class VisionTransformer(Backbone):
         )
 
     def flops(self, num_visible: int | None = None) -> float:
-        """FLOPs (2 per multiply-add) of one forward pass of one image: matrix products and attention.
+        """FLOPs (2 per multiply-add) of one forward pass of one image or clip: matrix products and attention.
 
         Args:
             num_visible: Patches that enter the blocks; all when None.
         """
         config = self.config
-        num_patches = self.grid[0] * self.grid[1] if num_visible is None else num_visible
+        num_patches = math.prod(self.token_grid) if num_visible is None else num_visible
         num_tokens = 1 + num_patches
         inner = config.num_heads * (config.head_width or config.width // config.num_heads)
         matrices = 3 if config.mlp == "swiglu" else 2
         per_token = 4 * config.width * inner + matrices * config.width * config.mlp_hidden
         attention = 2 * num_tokens * inner
-        patches = num_patches * config.width * 3 * config.patch_size**2
+        patches = num_patches * config.width * 3 * config.tubelet * config.patch_size**2
         projection = num_tokens * config.width * (config.projection or 0)
         return 2.0 * (config.depth * num_tokens * (per_token + attention) + patches + projection)
 

@@ -12,7 +12,7 @@ from typing import Any
 from openeva.checkpoints.adapters import Adapter, merge
 from openeva.checkpoints.files import StateDict
 from openeva.checkpoints.native import CONFIG_FILE, WEIGHTS_FILE, model_path
-from openeva.checkpoints.resize import Grid
+from openeva.checkpoints.resize import AnyGrid
 from openeva.checkpoints.weights import WeightsError, digest_of_file
 
 DELTA = "delta"
@@ -47,7 +47,7 @@ class Delta:
     """
 
     bases: list[Base]
-    grid: Grid | None = None
+    grid: AnyGrid | None = None
     adapter: Adapter | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def digest_of_model(path: Path) -> str:
 
 
 def complete(
-    folder: Path, own: StateDict, delta: Delta, read: Callable[[Base, Path, Grid | None], StateDict]
+    folder: Path, own: StateDict, delta: Delta, read: Callable[[Base, Path, AnyGrid | None], StateDict]
 ) -> StateDict:
     """All weights of the plain model.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from openeva.checkpoints.clip import IMAGE, TRUNK, from_clip, is_clip, style_of
 from openeva.checkpoints.files import StateDict
 from openeva.checkpoints.official import from_official
-from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid, square_grid
+from openeva.checkpoints.resize import NUM_CLS_ROWS, AnyGrid, Grid, square_grid
 from openeva.checkpoints.timm import from_timm, is_timm
 from openeva.layers.rope import THETA
 
@@ -163,7 +163,7 @@ def prediction_width(state_dict: Mapping[str, Tensor]) -> int | None:
 
 
 def infer_vit_config(
-    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, grid: Grid | None = None
+    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None, grid: AnyGrid | None = None
 ) -> dict[str, Any]:
     """Read the architecture off the shapes, as keyword arguments for the `Config` of `backbones/vit.py`.
 
@@ -174,13 +174,14 @@ def infer_vit_config(
     Args:
         state_dict: Weights with openeva's names.
         num_heads: Heads, where no relative position table tells and the width's usual number is wrong.
-        grid: Rows and columns of patches, where positions do not tell or the grid is not square.
+        grid: Rows and columns of patches (of clips with the time slots in front), where positions do not tell or the
+            grid is not square.
 
     Raises:
         ValueError: The number of heads or the grid cannot be told.
     """
     shapes = {key.removeprefix("backbone."): t.shape for key, t in state_dict.items() if key.startswith("backbone.")}
-    width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
+    width, _, *tubelet, patch_size, _ = shapes["patch_embed.proj.weight"]
     inner = shapes["blocks.0.attn.qkv.weight"][0] // 3
     relative_position, swiglu = _relative_position(shapes), GATED in state_dict
     num_heads = num_heads or _num_heads(shapes, width, inner)
@@ -189,9 +190,11 @@ def infer_vit_config(
     grid = grid or infer_grid(state_dict)
     if grid is None:
         raise ValueError(
-            "the patch grid cannot be told from the weights: no positions, or not of a square grid; pass grid"
+            "the number of frames cannot be told from the weights of a model of clips; pass num_frames"
+            if tubelet
+            else "the patch grid cannot be told from the weights: no positions, or not of a square grid; pass grid"
         )
-    sides = grid[0] * patch_size, grid[1] * patch_size
+    sides = grid[-2] * patch_size, grid[-1] * patch_size
     config: dict[str, Any] = {
         "patch_size": patch_size,
         "image_size": sides[0] if sides[0] == sides[1] else sides,
@@ -208,6 +211,8 @@ def infer_vit_config(
         "relative_position": relative_position,
         "final_norm": "norm.weight" in shapes,
     }
+    if tubelet:
+        config["num_frames"], config["tubelet"] = grid[0] * tubelet[0], tubelet[0]
     if swiglu:
         config["mlp"] = "swiglu"
         config["rope_grid"] = _rope_grid(state_dict) or ROPE_GRID
@@ -224,11 +229,20 @@ def infer_vit_config(
     return config
 
 
-def infer_grid(state_dict: Mapping[str, Tensor]) -> Grid | None:
+USUAL_SIZE = 224
+"""Pixels of the side of all released models of clips."""
+
+
+def infer_grid(state_dict: Mapping[str, Tensor]) -> AnyGrid | None:
     """Patch grid by the position tables (openeva's names); None where there are none or the grid is not square.
 
-    Decoupled tables tell the grid whatever its shape; a grid that only the others tell is taken to be square.
+    Decoupled tables tell the grid whatever its shape; a grid that only the others tell is taken to be square. Of a
+    model of clips, time slots come first; they are told where the images have the usual size, or no other fits.
     """
+    kernel = state_dict.get("backbone.patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 5:
+        positions = state_dict.get("backbone.pos_embed")
+        return None if positions is None else clip_grid(positions.shape[1] - 1, kernel.shape[-1])
     for key, tensor in state_dict.items():
         wide = state_dict.get(key.removesuffix("high") + "width")
         if key.endswith("relative_position_bias_for_high") and wide is not None:
@@ -239,6 +253,26 @@ def infer_grid(state_dict: Mapping[str, Tensor]) -> Grid | None:
         if key.endswith("relative_position_bias_table"):
             return joint_table_grid(tensor.shape[0])
     return None
+
+
+def grid_of_clips(state_dict: Mapping[str, Tensor], num_frames: int | None) -> AnyGrid | None:
+    """As `infer_grid` of a model of clips that have so many frames; None for any other, or where they do not fit."""
+    kernel, positions = (state_dict.get(f"backbone.{name}") for name in ("patch_embed.proj.weight", "pos_embed"))
+    if num_frames is None or kernel is None or positions is None or kernel.ndim != 5:
+        return None
+    return clip_grid(positions.shape[1] - 1, kernel.shape[-1], num_frames // kernel.shape[2])
+
+
+def clip_grid(num_patches: int, patch_size: int, num_slots: int | None = None) -> AnyGrid | None:
+    """(slots, rows, columns) of so many patches of square frames; None where it cannot be told."""
+    if num_slots is not None:
+        square = None if num_patches % num_slots else square_grid(num_patches // num_slots)
+        return None if square is None else (num_slots, *square)
+    side = USUAL_SIZE // patch_size
+    if num_patches % side**2 == 0 and num_patches >= side**2:
+        return num_patches // side**2, side, side
+    sides = [side for side in range(1, math.isqrt(num_patches) + 1) if num_patches % side**2 == 0]
+    return (num_patches // sides[0] ** 2, sides[0], sides[0]) if len(sides) == 1 else None
 
 
 def joint_table_grid(rows: int) -> Grid | None:

@@ -22,6 +22,7 @@ from openeva.checkpoints.detect import (
     INDEX_BUFFER,
     Layout,
     detect_layout,
+    grid_of_clips,
     infer_grid,
     infer_vit_config,
     layout_of,
@@ -32,7 +33,8 @@ from openeva.checkpoints.native import WEIGHTS_FILE, native_grid, read_native
 from openeva.checkpoints.pretrained import find_entry
 from openeva.checkpoints.released import PretrainedWeights
 from openeva.checkpoints.resize import (
-    Grid,
+    AnyGrid,
+    inflate_patch_kernel,
     resize_decoupled_relative_position_table,
     resize_patch_kernel,
     resize_position_embedding,
@@ -124,7 +126,7 @@ class Weights:
     state_dict: StateDict
     layout: Layout
     source: Path
-    grid: Grid | None
+    grid: AnyGrid | None
     config: dict[str, object]
     file: WeightFile | None = None
     entry: PretrainedWeights | None = None
@@ -173,22 +175,26 @@ def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
     return Weights(state_dict, layout, path, native_grid(config), config, file, entry, moved)
 
 
-def described_backbone(weights: Weights, *, num_heads: int | None = None) -> dict[str, Any]:
+def described_backbone(
+    weights: Weights, *, num_heads: int | None = None, num_frames: int | None = None
+) -> dict[str, Any]:
     """Config of the transformer in weights: what a run recorded, else what shapes and the table of released ones tell.
 
     Args:
         weights: From `read_weights`.
         num_heads: Heads, where nothing is recorded and the shapes do not tell.
+        num_frames: Of a model of clips, likewise.
 
     Raises:
-        ValueError: Heads or grid cannot be told.
+        ValueError: Heads, frames or grid cannot be told.
     """
     task: Any = weights.config.get("task") or {}
     recorded = dict(task.get("backbone") or {})
     if recorded:
         return {key: value for key, value in recorded.items() if key != "weights"}
     try:
-        inferred = infer_vit_config(weights.state_dict, num_heads=num_heads, grid=weights.grid)
+        grid = weights.grid or grid_of_clips(weights.state_dict, num_frames)
+        inferred = infer_vit_config(weights.state_dict, num_heads=num_heads, grid=grid)
     except ValueError as error:
         raise ValueError(f"{weights.source}: {error}") from None
     entry = weights.entry
@@ -251,7 +257,7 @@ def read_model(folder: Path) -> tuple[StateDict, dict[str, Any]]:
     return state_dict, config
 
 
-def _read_base(base: Base, path: Path, grid: Grid | None) -> StateDict:
+def _read_base(base: Base, path: Path, grid: AnyGrid | None) -> StateDict:
     weights = read_weights(path)
     expected = {name: torch.empty(shape, device="meta") for name, shape in base.shapes.items()}
     given = {n: t for n, t in weights.state_dict.items() if n in expected or n.startswith(_SHARED)}
@@ -297,8 +303,8 @@ def load_into(
     weights: Weights | Mapping[str, Tensor],
     *,
     fresh: Sequence[str] = (),
-    grid: Grid | None = None,
-    source_grid: Grid | None = None,
+    grid: AnyGrid | None = None,
+    source_grid: AnyGrid | None = None,
     part: str | None = None,
 ) -> LoadReport:
     """Copy weights into a model, adapting what may be adapted; the model keeps its dtypes and devices.
@@ -340,8 +346,8 @@ def adapt(
     report: LoadReport,
     *,
     fresh: Sequence[str] = (),
-    grid: Grid | None = None,
-    source_grid: Grid | None = None,
+    grid: AnyGrid | None = None,
+    source_grid: AnyGrid | None = None,
     fixed_positions: bool = False,
 ) -> StateDict:
     """The tensors of `state_dict` in the shapes of `expected`; the account goes to `report`.
@@ -410,8 +416,8 @@ def _spread_shared_tables(given: StateDict, expected: Mapping[str, Tensor], repo
 
 
 def _grids(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source_grid: Grid | None, grid: Grid | None
-) -> tuple[Grid | None, Grid | None]:
+    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source_grid: AnyGrid | None, grid: AnyGrid | None
+) -> tuple[AnyGrid | None, AnyGrid | None]:
     """Grids of the weights and of the model, None where they cannot be told.
 
     A grid that is only guessed to be square is not believed where the model's is not square and has as many patches.
@@ -423,29 +429,40 @@ def _grids(
     return source_grid or guessed, wanted
 
 
-def _fit(key: str, tensor: Tensor, wanted: Tensor, given: Grid | None, grid: Grid | None) -> tuple[Tensor, str]:
+def _fit(key: str, tensor: Tensor, wanted: Tensor, given: AnyGrid | None, grid: AnyGrid | None) -> tuple[Tensor, str]:
     """One tensor in the wanted shape, and what was done to it ("" for nothing).
 
     Raises:
         ValueError: No rule leads from one shape to the other, or a rule needs a grid that is not known.
     """
     fitted, rule = tensor, ""
-    if key == PATCH_KERNEL and tensor.ndim == wanted.ndim == 4:
-        fitted, rule = resize_patch_kernel(tensor, wanted.shape[-1]), "kernel"
+    if key == PATCH_KERNEL and tensor.ndim in {4, 5} and tensor.ndim <= wanted.ndim:
+        fitted, rule = _fit_kernel(tensor, wanted)
     elif key == POSITIONS or "relative_position_bias_" in key:
         if given is None or grid is None:
             side = "source_grid, that of the weights" if given is None else "grid, that of the model"
-            if tensor.shape != wanted.shape or (grid and grid[0] != grid[1]):
+            if given is None and grid is not None and len(grid) == 3:
+                side += " (of a run: task.init_frames, the frames of the weights)"
+            if tensor.shape != wanted.shape or (grid and len(grid) == 2 and grid[0] != grid[1]):
                 raise ValueError(f"{_shape(tensor)} for {_shape(wanted)}: the patch grid cannot be told; pass {side}")
         elif given != grid:
             fitted = _resize_table(key, tensor, given, grid)
-            rule = f"grid {given[0]}x{given[1]} -> {grid[0]}x{grid[1]}"
+            rule = f"grid {'x'.join(map(str, given))} -> {'x'.join(map(str, grid))}"
     if fitted.shape != wanted.shape:
         raise ValueError(f"{_shape(tensor)} does not fit {_shape(wanted)}, and no rule resizes it")
     return fitted, "" if fitted is tensor else f"{_shape(tensor)} -> {_shape(fitted)} ({rule})"
 
 
-def _resize_table(key: str, table: Tensor, given: Grid, grid: Grid) -> Tensor:
+def _fit_kernel(kernel: Tensor, wanted: Tensor) -> tuple[Tensor, str]:
+    fitted, rule = resize_patch_kernel(kernel, wanted.shape[-1]), "kernel"
+    if fitted.ndim == 5 and fitted.shape[2] == 1:  # of single frames
+        fitted = fitted[:, :, 0] if wanted.shape[2] > 1 else fitted
+    if fitted.ndim == 4 and wanted.ndim == 5:
+        fitted, rule = inflate_patch_kernel(fitted, wanted.shape[2]), "kernel, spread evenly over the frames"
+    return fitted, rule
+
+
+def _resize_table(key: str, table: Tensor, given: AnyGrid, grid: AnyGrid) -> Tensor:
     if key == POSITIONS:
         return resize_position_embedding(table, given, grid)
     if key.endswith("bias_table"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openeva.checkpoints.files import StateDict, read_state_dict, write_atomically
 from openeva.checkpoints.pretrained import MODEL_FILE, resolve
-from openeva.checkpoints.resize import Grid
+from openeva.checkpoints.resize import AnyGrid
 
 FORMAT = "openeva/1"
 WEIGHTS_FILE = MODEL_FILE
@@ -106,14 +106,15 @@ def model_path(weights: str) -> Path:
     return resolve(weights)
 
 
-def native_grid(config: Mapping[str, Any]) -> Grid | None:
-    """Patch grid of the backbone that a config describes; None where it does not say."""
+def native_grid(config: Mapping[str, Any]) -> AnyGrid | None:
+    """Patch grid of the backbone that a config describes, of clips with the time slots in front; None where unknown."""
     backbone = (config.get("task") or {}).get("backbone") or {}
     size, patch_size = backbone.get("image_size"), backbone.get("patch_size")
     if size is None or patch_size is None:
         return None
     rows, columns = (size, size) if isinstance(size, int) else size
-    return rows // patch_size, columns // patch_size
+    slots = () if backbone.get("num_frames") is None else (backbone["num_frames"] // backbone.get("tubelet", 1),)
+    return (*slots, rows // patch_size, columns // patch_size)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """Resizing of position tables, relative position tables and patch kernels: the one place that does it.
 
-table or kernel of one grid -> the same for another grid. Only what depends on the grid changes; prefix rows are kept.
+table or kernel of one grid -> the same for another one. Only what depends on the grid changes; prefix rows are kept.
 
-Source: the official loaders and the offline 14 -> 16 converter (spec sections 1.9.4 to 1.9.6). timm's functions of the
-same purpose differ: they resize with antialiasing, and patch kernels by a pseudo-inverse.
+Source: the official loaders and the offline 14 -> 16 converter (spec sections 1.9.4 to 1.9.6); of video models, section
+2.3 and 2.4 of video, with the spatial resize that the official code lacks where an image's grid differs. timm's
+functions of the same purpose differ: they resize with antialiasing, and patch kernels by a pseudo-inverse.
 """
 
 import functools
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
+AnyGrid = tuple[int, ...]
+"""The same, or (time slots, rows, columns) of the patches of a clip."""
 
 NUM_CLS_ROWS = 3
 """Last rows of every relative position table: cls to any, any to cls, cls to cls."""
@@ -34,20 +37,22 @@ def square_grid(num_patches: int) -> Grid | None:
 
 
 def resize_position_embedding(
-    pos_1SD: Float[Tensor, "1 S D"], grid_from: Grid, grid_to: Grid, num_prefix: int = 1
+    pos_1SD: Float[Tensor, "1 S D"], grid_from: AnyGrid, grid_to: AnyGrid, num_prefix: int = 1
 ) -> Float[Tensor, "1 S2 D"]:
     """Resize learned positions of a patch grid: bicubic in fp32, without antialiasing, cast back to the given dtype.
 
+    An image's positions are repeated for each time slot of a clip. A clip's are resized trilinearly.
+
     Args:
-        pos_1SD: Prefix rows, then one row per patch in raster order.
+        pos_1SD: Prefix rows, then one row per patch in raster order, time slot after time slot.
         grid_from: Grid of the given table.
         grid_to: Wanted grid.
         num_prefix: Leading rows that are kept as they are (the cls token).
 
     Raises:
-        ValueError: The table does not have the rows of `grid_from`.
+        ValueError: The table does not have the rows of `grid_from`, or is a clip's and an image's is wanted.
     """
-    rows = num_prefix + grid_from[0] * grid_from[1]
+    rows = num_prefix + math.prod(grid_from)
     if pos_1SD.shape[1] != rows:
         raise ValueError(
             f"a position table of {pos_1SD.shape[1]} rows is not one of a {_text(grid_from)} grid with {num_prefix} "
@@ -55,20 +60,35 @@ def resize_position_embedding(
         )
     if grid_from == grid_to:
         return pos_1SD
+    if len(grid_from) > len(grid_to):
+        raise ValueError(
+            "these positions are those of a model of clips, and the model takes images: give it num_frames"
+        )
+    if len(grid_from) < len(grid_to):
+        pos_1SD = resize_position_embedding(pos_1SD, grid_from, grid_to[1:], num_prefix)
+        return torch.cat([pos_1SD[:, :num_prefix], pos_1SD[:, num_prefix:].repeat(1, grid_to[0], 1)], dim=1)
     patches_1Dyx = pos_1SD[:, num_prefix:].transpose(1, 2).unflatten(2, grid_from).float()
-    resized_1Dyx = F.interpolate(patches_1Dyx, size=grid_to, mode="bicubic", align_corners=False)
+    mode = "bicubic" if len(grid_to) == 2 else "trilinear"
+    resized_1Dyx = F.interpolate(patches_1Dyx, size=grid_to, mode=mode, align_corners=False)
     resized_1ND = resized_1Dyx.flatten(2).transpose(1, 2).to(pos_1SD.dtype)
     return torch.cat([pos_1SD[:, :num_prefix], resized_1ND], dim=1)
 
 
-def resize_patch_kernel(kernel_DCYX: Float[Tensor, "D C Y X"], patch_size: int) -> Float[Tensor, "D C Y2 X2"]:
+def resize_patch_kernel(kernel_DCYX: Float[Tensor, "D C *T Y X"], patch_size: int) -> Float[Tensor, "D C *T Y2 X2"]:
     """Resize the kernel of the patch embedding: bicubic, without antialiasing, without a correction of its magnitude.
 
     A resized kernel is fp32 whatever the given dtype, as the official converter leaves it.
     """
     if kernel_DCYX.shape[-2:] == (patch_size, patch_size):
         return kernel_DCYX
-    return F.interpolate(kernel_DCYX.float(), size=(patch_size, patch_size), mode="bicubic", align_corners=False)
+    flat_DCYX = kernel_DCYX.float().flatten(1, -3)
+    resized_DCYX = F.interpolate(flat_DCYX, size=(patch_size, patch_size), mode="bicubic", align_corners=False)
+    return resized_DCYX.reshape(*kernel_DCYX.shape[:-2], patch_size, patch_size)
+
+
+def inflate_patch_kernel(kernel_DCYX: Float[Tensor, "D C Y X"], tubelet: int) -> Float[Tensor, "D C t Y X"]:
+    """The kernel of clips that sees the mean of a tubelet's frames as the given one sees an image."""
+    return kernel_DCYX[:, :, None].repeat(1, 1, tubelet, 1, 1) / tubelet
 
 
 def resize_relative_position_table(
@@ -178,5 +198,5 @@ def _integer_offsets(size: int) -> np.ndarray:
     return np.arange(-(size // 2), size // 2 + 1, dtype=np.float64)
 
 
-def _text(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"
+def _text(grid: AnyGrid) -> str:
+    return "x".join(map(str, grid))

@@ -1,7 +1,8 @@
-"""Samples to batches, inside the workers: read (`sources`) -> decode -> cut (`views`) -> augment -> mask -> one row.
+"""Samples to batches, inside the workers: read -> decode -> cut (`views`) -> augment -> mask -> one row.
 
-numbers of samples -> `TrainBatches`, `EvalBatches` or `StreamBatches` -> a batch, a dict:
-    image: uint8 `[B, 3, Y, X]`, not normalised.
+numbers of samples -> `sources` -> `TrainBatches`, `EvalBatches` or `StreamBatches` -> a batch, a dict:
+    image: uint8 `[B, 3, Y, X]`, not normalised; of clips `[B, T, 3, Y, X]`, and `[B, V, T, 3, Y, X]` where a video is
+        seen in several views (crops times clips, crop by crop).
     target_image: uint8 `[B, 3, Y', X']`, the same crop at the target's size; only where the sizes differ.
     mask: bool `[B, N]`, true = masked (this and the next two only with masking).
     masked_index: int64 `[B * max_masked]`, positions of the masked patches among all `B * N`, sample by sample in
@@ -25,14 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from openeva.data.decode import decode, to_rgb
+from openeva.data.clips import ClipSpec
+from openeva.data.decode import RGB, decode, to_rgb
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.sampler import Order, seed_of, seeds_of
 from openeva.data.sources.base import Sample
-from openeva.data.views import CropConfig, ViewSpec
+from openeva.data.video import Video
+from openeva.data.views import Crop, CropConfig, ViewSpec
 
 Batch = dict[str, Any]
 
@@ -65,13 +69,16 @@ class BatchMaker:
             raise ValueError(
                 "crop.randaugment would change what the model sees but not what its target sees: remove it"
             )
+        if spec.clip and crop.randaugment:
+            raise ValueError("crop.randaugment is for images, not for clips; use color_jitter and grey_prob")
         self.spec, self.crop, self._all_captions = spec, crop, all_captions
         if spec.tokenizer is not None:
             spec.tokenizer([""])  # reads its vocabulary now, once for all workers that are forked later
 
     def empty(self, size: int) -> Batch:
         """Arrays for `size` samples."""
-        batch: Batch = {"image": torch.empty(size, 3, *self.spec.image_size, dtype=torch.uint8)}
+        frames = () if self.spec.clip is None else self.spec.clip.shape
+        batch: Batch = {"image": torch.empty(size, *frames, 3, *self.spec.image_size, dtype=torch.uint8)}
         if second_size := self.spec.second_size:
             batch["target_image"] = torch.empty(size, 3, *second_size, dtype=torch.uint8)
         if self.spec.masking is not None:
@@ -93,23 +100,48 @@ class BatchMaker:
             OSError: The image cannot be decoded, or has no caption where one is read.
         """
         captions = [] if self.spec.tokenizer is None else _captions_of(sample)
-        image_YXC = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
         rng = random.Random(seed)
-        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
-        image_YXC = self.crop.jitter(image_YXC, rng)
-        view_CYX = self.crop.cut(image_YXC, crop, self.spec.image_size)
-        batch["image"][row] = self.crop.augment(view_CYX, self.spec.mean, rng)
-        if second_size := self.spec.second_size:
-            batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
+        if self.spec.clip is not None:
+            batch["image"][row] = self._clip(sample, self.spec.clip, rng)
+            crop = None
+        else:
+            crop = self._put_image(batch, row, sample, rng)
         if self.spec.masking is not None:
             batch["mask"][row] = torch.from_numpy(self.spec.masking(rng))
         batch["index"][row] = index
-        batch["flip"][row] = crop.flip
+        batch["flip"][row] = crop is not None and crop.flip
         batch["label"][row] = sample.label
         if self._all_captions and captions:
             batch["captions"][row], batch["text"][row] = captions, captions[0]
         elif captions:
             batch["text"][row] = captions[seed_of(seed, _CAPTION_KEY) % len(captions) if len(captions) > 1 else 0]
+
+    def _put_image(self, batch: Batch, row: int, sample: Sample, rng: random.Random) -> Crop:
+        image_YXC = pixels_of_sample(sample)
+        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng, self.spec.image_size)
+        image_YXC = self.crop.jitter(image_YXC, rng)
+        view_CYX = self.crop.cut(image_YXC, crop, self.spec.image_size)
+        batch["image"][row] = self.crop.augment(view_CYX, self.spec.mean, rng)
+        if second_size := self.spec.second_size:
+            batch["target_image"][row] = self.crop.cut(image_YXC, crop, second_size)
+        return crop
+
+    def _clip(self, sample: Sample, clip: ClipSpec, rng: random.Random) -> UInt8[Tensor, "*V T 3 Y X"]:
+        """All views of a video: the frames that they need are decoded once."""
+        if not isinstance(sample.image, Video):
+            raise TypeError(f"{sample.name} is an image, but this task sees videos; give a source of videos")
+        with sample.image.opened() as video:
+            indices = clip.indices(video.num_frames, rng)
+            frames_TYXC = video.frames(indices.flatten())
+        if clip.num_crops > 1:  # crop by crop, then clip by clip
+            view_VTCYX = self.crop.three_cuts(frames_TYXC, self.spec.image_size).flatten(0, 1)
+            return view_VTCYX.unflatten(0, clip.shape)
+        crop = self.crop.draw(*frames_TYXC.shape[1:3], rng, self.spec.image_size)
+        view_TCYX = self.crop.cut(frames_TYXC, crop, self.spec.image_size)
+        if self.crop.color_jitter or self.crop.grey_prob:
+            jittered = self.crop.jitter(view_TCYX.movedim(-3, -1).numpy(), rng)
+            view_TCYX = torch.from_numpy(jittered).movedim(-1, -3)
+        return view_TCYX.unflatten(0, clip.shape)
 
     def finish(self, batch: Batch, num_rows: int) -> Batch:
         """Cut a batch to the rows that were filled, tokenise its texts and list the masked patches."""
@@ -126,6 +158,17 @@ class BatchMaker:
         batch["masked_index"][: len(masked)] = masked
         batch["masked_weight"] = (torch.arange(length) < len(masked)).float()
         return batch
+
+
+def pixels_of_sample(sample: Sample) -> RGB:
+    """RGB pixels of a sample; of a video, the frame in its middle.
+
+    Raises:
+        OSError: It cannot be decoded.
+    """
+    if isinstance(sample.image, Video):
+        return np.asarray(sample.image.middle())
+    return decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
 
 
 def _captions_of(sample: Sample) -> list[str]:

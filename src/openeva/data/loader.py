@@ -11,6 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 MOST_NAMED = 10_000
 """So many broken files are named; a set of billions of pairs has millions of them, which no memory should hold."""
+
+LATER_CROP_KEYS = {"antialias": True, "jitter_prob": 1.0, "grey_prob": 0.0}
+"""Keys of a crop that came later, with what they were before."""
 
 _FEWEST_READS = 1000
 """The share of broken files is judged only after this many reads, or one epoch where that is less."""
@@ -375,7 +379,10 @@ class EvalLoader(_Loader):
         """What the pixels depend on, as JSON values: samples (as far as the sources can tell), crop and sizes."""
         # what is off is left out, so that caches of versions that did not have it stay valid
         spec, crop = self._maker.spec, self._maker.crop.model_dump(mode="json", exclude_none=True)
-        return {"data": self._source.identity, "crop": crop, "sizes": [[*spec.image_size], [*(spec.target_size or ())]]}
+        crop = {key: value for key, value in crop.items() if LATER_CROP_KEYS.get(key) != value}
+        sizes = [[*spec.image_size], [*(spec.target_size or ())]]
+        clip = {} if spec.clip is None else {"clip": asdict(spec.clip)}
+        return {"data": self._source.identity, "crop": crop, "sizes": sizes, **clip}
 
     def part(self, *, limit: int | None = None, rank: int = 0, world_size: int = 1) -> "EvalLoader":
         """The same views of some of the samples: of `limit` ones (a seeded choice), the share of one process."""

@@ -50,7 +50,7 @@ class Transform:
         """
         image_YXC = pixels_of(image)
         rng = random.Random(random.getrandbits(64) if self.random else 0)
-        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng)
+        crop = self.crop.draw(image_YXC.shape[0], image_YXC.shape[1], rng, self.image_size)
         view_CYX = self.crop.cut(self.crop.jitter(image_YXC, rng), crop, self.image_size)
         return normalise(self.crop.augment(view_CYX, self.mean, rng)[None], self.mean, self.std)[0]
 

@@ -63,7 +63,9 @@ class OptimConfig(Config):
     min_lr: float = Field(1e-5, ge=0, description="the learning rate that the decay approaches")
     warmup: Duration = Field(Duration(2, "epochs"), description="linear rise")
     warmup_from: WarmupFrom = Field(
-        "zero", description="rate of step 0: zero, or (first_step, as CLIP counts) what each step of the warm-up adds"
+        "zero",
+        description="rate of step 0: zero, or (first_step, as CLIP counts) what each step of the warm-up adds;"
+        " zero_before (video): zero, and the peak one step after the warm-up",
     )
     schedule: Shape = "cosine"
     betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW and LAMB")

@@ -1,8 +1,9 @@
 """Learning-rate and weight-decay schedules, as functions of the optimizer step.
 
-Source: spec section 5.3; of EVA-CLIP section 2.4. Warm-up over W steps rises linearly to the base value at step W-1,
-from 0 at step 0, or (CLIP) from the W-th part of the base value; the decay then starts at the base value again and
-approaches the final value without reaching it (cosine) or reaches it (linear).
+Source: spec section 5.3; of EVA-CLIP section 2.4; of video section 4. Warm-up over W steps rises linearly to the base
+value at step W-1, from 0 at step 0, or (CLIP) from the W-th part of the base value; or (video) from 0 to the base value
+at step W. The decay then starts at the base value (again) and approaches the final value without reaching it (cosine)
+or reaches it (linear). Difference of video: step k uses the rate of k, not of k-1 (quirk of the official loop).
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Shape = Literal["cosine", "linear"]
-WarmupFrom = Literal["zero", "first_step"]
+WarmupFrom = Literal["zero", "first_step", "zero_before"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Schedule:
         total_steps: Length of the run.
         warmup_steps: Length of the linear rise, 0 for none.
         shape: Form of the decay.
-        warmup_from: Value of step 0 of the rise: 0, or the same part of the base value that each step adds.
+        warmup_from: Value of step 0 of the rise: 0 ("zero_before": which adds to the base value one step later), or the
+            same part of the base value that each step adds.
     """
 
     base: float
@@ -44,6 +46,8 @@ class Schedule:
         step = min(step, self.total_steps - 1)
         if step < self.warmup_steps and self.warmup_from == "first_step":
             return self.base * (step + 1) / self.warmup_steps
+        if step < self.warmup_steps and self.warmup_from == "zero_before":
+            return self.base * step / self.warmup_steps
         if step < self.warmup_steps:
             return self.base * step / (self.warmup_steps - 1) if self.warmup_steps > 1 else self.base * step
         done, length = step - self.warmup_steps, self.total_steps - self.warmup_steps

@@ -1,16 +1,18 @@
 """A backbone with a classification head.
 
-image[B,3,Y,X] -> backbone -> pooled[B,D] -> norm -> linear -> logits[B,V]
+image[B,3,Y,X] or clip[B,T,3,Y,X] -> backbone -> pooled[B,D] -> norm -> linear -> logits[B,V]
+several views of each video[B,W,T,3,Y,X] -> logits of each -> `over_views`: log of the mean probability[B,V]
 
 Paper: EVA section 3.1. Source: spec section 1.4: "mean" pools the patch tokens, cls excluded, in front of the norm (the
 backbone then has no final norm of its own); "cls" takes the cls token after the backbone's final norm. "attention" is
 ours: a learned query looks at the patch tokens, the usual attentive probe of masked pre-training.
 """
 
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
@@ -26,6 +28,19 @@ PROBE_STD = 0.01
 """Of the weights of a linear probe, which stand behind a batch norm and are not scaled."""
 QUERY_HEAD_WIDTH = 64
 """Channels per head of the attention pooling."""
+
+
+def over_views(classify: Callable[[Tensor], Tensor], image: Shaped[Tensor, "B *views C Y X"]) -> Float[Tensor, "B V"]:
+    """Logits of a batch; of videos in several views `[B, W, T, C, Y, X]`, those whose softmax is the mean over views.
+
+    The views pass one after the other, so that a video needs no more memory than a clip.
+
+    Source: spec section 3.5 of video: probabilities are added, not logits.
+    """
+    if image.ndim < 6:
+        return classify(image)
+    probability_BV = sum(classify(view).float().softmax(dim=-1) for view in image.unbind(1))
+    return (cast("Tensor", probability_BV) / image.shape[1]).log()
 
 
 class AttentionPooling(nn.Module):
@@ -89,11 +104,11 @@ class ImageClassifier(nn.Module):
         linear.weight.mul_(1.0 if probe else HEAD_SCALE)
         nn.init.zeros_(linear.bias)
 
-    def forward(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B V"]:
-        """Logits of normalised images."""
+    def forward(self, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B V"]:
+        """Logits of normalised images or clips."""
         return self.classifier(self.pool(image_BCYX))
 
-    def pool(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B D"]:
+    def pool(self, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B D"]:
         """The vector that the classifier sees."""
         features = self.backbone(image_BCYX)
         if self.pooling == "mean":
@@ -112,6 +127,6 @@ class ImageClassifier(nn.Module):
                 for statistic in (module.running_mean, cast("Tensor", module.running_var)):
                     statistic.copy_(mean_over_processes(statistic.clone()))
 
-    def patches(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+    def patches(self, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B N D"]:
         """One vector per patch, each normalised as the pooled one is."""
         return self.fc_norm(self.backbone(image_BCYX).patches)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from openeva.backbones.base import Backbone
 from openeva.backbones.vit import architecture_to_fine_tune
-from openeva.checkpoints.load import LoadReport, check_unseen, load_into, read_weights
+from openeva.checkpoints.load import LoadReport, Weights, check_unseen, load_into, read_weights
 from openeva.checkpoints.native import model_path
 from openeva.config import Backbone as BackboneField
 from openeva.config import ConfigError
@@ -32,7 +32,7 @@ from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import unwrap
 from openeva.evals.base import encode_all, held_out_accuracy, once, own_share
 from openeva.evals.linear_probe import StoredProbe, probe_problems
-from openeva.heads.classifier import ImageClassifier, Pooling
+from openeva.heads.classifier import ImageClassifier, Pooling, over_views
 from openeva.layers.flops import training_passes
 from openeva.tasks.base import Batch, Task, TaskConfig
 
@@ -78,7 +78,10 @@ class Config(TaskConfig):
         if not isinstance(backbone, dict) or backbone.get("name") != "vit":
             return values
         if isinstance(values.get("init_from"), str) and not {"variant", "width", "weights"} & set(backbone):
-            backbone = {**architecture_to_fine_tune(values["init_from"], backbone.get("num_heads")), **backbone}
+            backbone = {
+                **architecture_to_fine_tune(values["init_from"], backbone.get("num_heads"), values.get("init_frames")),
+                **backbone,
+            }
         norm = values.get("pooling", "mean") != "mean"
         return {**values, "backbone": {"final_norm": norm, "init": "classifier", **backbone}}
 
@@ -152,8 +155,12 @@ class ClassifyTask(Task):
         if config.init_from is not None:
             self.load_report = self._start_from(config.init_from)
 
+    def weights_to_start_from(self, address: str) -> Weights:
+        """What `init_from` names."""
+        return read_weights(model_path(address))
+
     def _start_from(self, address: str) -> LoadReport:
-        weights = read_weights(model_path(address))
+        weights = self.weights_to_start_from(address)
         check_unseen(self.config.backbone, weights, f"init_from {address}")
         task: Any = weights.config.get("task") or {}
         names, why = task.get("class_names"), ""
@@ -164,7 +171,7 @@ class ClassifyTask(Task):
         dropped = [key for key in weights.state_dict if why and key.startswith("classifier.")]
         for key in dropped:
             del weights.state_dict[key]
-        report = load_into(self.classifier, weights, fresh=HEAD, grid=getattr(self.backbone, "grid", None))
+        report = load_into(self.classifier, weights, fresh=HEAD, grid=getattr(self.backbone, "token_grid", None))
         report.dropped |= dict.fromkeys(dropped, why)
         return report
 
@@ -231,10 +238,10 @@ class ClassifyTask(Task):
             loss_B = loss_B * weighted
         return loss_B.mean()
 
-    def logits(self, image_BCYX: UInt8[Tensor, "B C Y X"]) -> Float[Tensor, "B V"]:
-        """Logits of images as the loader gives them, not normalised."""
+    def logits(self, image_BCYX: UInt8[Tensor, "B *views C Y X"]) -> Float[Tensor, "B V"]:
+        """Logits of images or clips as the loader gives them, not normalised; of several views, over all of them."""
         statistics = self.backbone.normalisation
-        return self.trainable(normalise(image_BCYX, statistics.mean, statistics.std)).float()
+        return over_views(lambda x: self.trainable(normalise(x, statistics.mean, statistics.std)).float(), image_BCYX)
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
         """As `held_out_accuracy` (collective)."""

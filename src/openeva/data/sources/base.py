@@ -13,20 +13,21 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from openeva.config import ComponentConfig
+from openeva.data.video import Video
 
 
 @dataclass
 class Sample:
-    """One image as it lies in the source.
+    """One image or video as it lies in the source.
 
     Attributes:
-        image: Encoded bytes (JPEG, PNG, ...) or an already decoded RGB image.
+        image: Encoded bytes (JPEG, PNG, ...), an already decoded RGB image, or a video that is not yet opened.
         name: Where it came from, for messages (a path, or `shard.tar:key`).
         label: Class index, or -1 where there is none.
         extra: More of it by name: `captions`, a list of one or more texts.
     """
 
-    image: bytes | Image.Image
+    image: bytes | Image.Image | Video
     name: str
     label: int = -1
     extra: dict[str, Any] | None = None

@@ -1,24 +1,21 @@
-"""Videos below a folder per class, each as one image: the frame on screen in its middle.
+"""Videos below a folder per class.
 
-path -> PyAV -> seek to the middle -> RGB frame -> `Sample`
+path -> `Video` -> `Sample`; what sees images gets the frame in the middle, what sees clips chooses its frames
 
-Source: clip_and_eva02 section 3.2: zero-shot on UCF-101 and Kinetics takes one centre frame per video. The frame is
-found by time, so that only the part between a key frame and the middle is decoded.
+Source: clip_and_eva02 section 3.2: zero-shot on UCF-101 and Kinetics takes one centre frame per video.
 """
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pydantic import Field
 
 from openeva.config import ConfigError
 from openeva.data.sources.base import Sample, SourceConfig
-
-VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", "m4v", "mpg", "mpeg")
+from openeva.data.video import VIDEO_EXTENSIONS, Decoder, Video, decoder_problem
 
 
 class Config(SourceConfig):
@@ -30,6 +27,7 @@ class Config(SourceConfig):
         None, description="file with a line `class/video` for each to take (UCF-101's testlist01.txt); all if left out"
     )
     extensions: tuple[str, ...] = Field(VIDEO_EXTENSIONS, min_length=1)
+    decoder: Decoder = Field("pyav", description="torchcodec needs FFmpeg's libraries")
 
     def build(self) -> "VideoFolder":
         """List the videos.
@@ -37,7 +35,8 @@ class Config(SourceConfig):
         Raises:
             ConfigError: PyAV, the folder or videos in it are missing, or the list names others.
         """
-        problems = [] if _has_av() else ["video_folder: reading videos needs PyAV: pip install 'openeva[video]'"]
+        problem = decoder_problem(self.decoder)
+        problems = [] if problem is None else [f"video_folder: {problem}"]
         root = self.root.expanduser().absolute()
         if not root.is_dir():
             raise ConfigError([*problems, f"video_folder: root {root} does not exist; say where the videos are"])
@@ -64,7 +63,7 @@ class Config(SourceConfig):
             videos = listed
         if problems:
             raise ConfigError(problems)
-        return VideoFolder(root, classes, videos)
+        return VideoFolder(root, classes, videos, self.decoder)
 
 
 def _listed(file: Path) -> list[str]:
@@ -75,24 +74,19 @@ def _listed(file: Path) -> list[str]:
     return [re.sub(r"\s+\d+$", "", line.strip()) for line in lines if line.strip()]
 
 
-def _has_av() -> bool:
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 class VideoFolder:
-    """The middle frames of videos, as a `Source`.
+    """Videos, as a `Source`.
 
     Attributes:
+        classes_found: The classes are those that there are folders of.
         class_names: Names of the folders, by label.
         identity: Number and place of the videos.
     """
 
-    def __init__(self, root: Path, classes: list[str], videos: list[str]) -> None:
-        self._root, self._videos = root, videos
+    classes_found = True
+
+    def __init__(self, root: Path, classes: list[str], videos: list[str], decoder: Decoder = "pyav") -> None:
+        self._root, self._videos, self._decoder = root, videos, decoder
         self.class_names, self.num_classes = classes, len(classes)
         self._label_of = {name: label for label, name in enumerate(classes)}
         self.identity = f"{len(videos)} videos in {root}"
@@ -101,12 +95,9 @@ class VideoFolder:
         return len(self._videos)
 
     def read(self, index: int) -> Sample:
-        """The frame in the middle of a video.
-
-        Raises:
-            OSError: It cannot be decoded.
-        """
-        return Sample(centre_frame(self._root / self._videos[index]), self.name_of(index), self._label(index))
+        """A video, which is opened by whoever wants its frames."""
+        path = self._root / self._videos[index]
+        return Sample(Video(path, decoder=self._decoder), str(path), self._label(index))
 
     def _label(self, index: int) -> int:
         return self._label_of[self._videos[index].partition("/")[0]]
@@ -118,54 +109,3 @@ class VideoFolder:
     def labels(self) -> npt.NDArray[np.int64]:
         """Class of every video."""
         return np.array([self._label(index) for index in range(len(self))], np.int64)
-
-
-def centre_frame(path: Path) -> Image.Image:
-    """The frame that is on screen in the middle of a video.
-
-    Raises:
-        OSError: Not a video, or a broken one.
-    """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise OSError(f"{path} has no pictures")
-            stream = container.streams.video[0]
-            stream.thread_type = "SLICE"  # frames in several threads would be decoded ahead for nothing
-            middle = _middle(stream, container)
-            if middle is not None and middle > (stream.start_time or 0):
-                container.seek(middle, stream=stream)
-            frame = _frame_at(container, stream, middle)
-            if frame is None and middle is not None:  # seeking missed: from the beginning
-                container.seek(stream.start_time or 0, stream=stream)
-                frame = _frame_at(container, stream, middle)
-            if frame is None:
-                raise OSError(f"{path} has no frame in its middle")
-            image: Image.Image = frame.to_image()
-            return image
-    except av.FFmpegError as error:
-        raise OSError(error.errno or 0, f"not a video, or a broken one: {error.strerror}", str(path)) from None
-
-
-def _middle(stream: Any, container: Any) -> int | None:
-    """Time of the middle in the stream's units."""
-    if stream.duration is not None:
-        return int((stream.start_time or 0) + stream.duration / 2)
-    if container.duration is not None:
-        return int((stream.start_time or 0) + container.duration / 1_000_000 / 2 / stream.time_base)
-    return None
-
-
-def _frame_at(container: Any, stream: Any, time: int | None) -> Any:
-    """The last frame that begins at or before a time; of a stream without times, the middle one of all."""
-    if time is None:
-        frames = list(container.decode(stream))
-        return frames[len(frames) // 2] if frames else None
-    shown = None
-    for frame in container.decode(stream):
-        if frame.pts is not None and frame.pts > time:
-            break
-        shown = frame
-    return shown

@@ -39,6 +39,7 @@ from openeva.data.caption_rows import captions_in
 from openeva.data.file_index import IMAGE_EXTENSIONS, Progress
 from openeva.data.sources.base import Sample, SourceConfig
 from openeva.data.tar_index import INDEX_SUFFIX, IndexedTar, find_index, index_shard
+from openeva.data.video import VIDEO_EXTENSIONS, Video
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Config(SourceConfig):
         shards: One entry or a list: local paths with braces and wildcards (`data/{000000..000999}.tar`, `data/*.tar`),
             or URLs (`https:`, `s3:`, `gs:`, `hf:`, `pipe:command`) with braces. Commands of `pipe:` run in a shell.
             Also one string with semicolons between the entries.
-        image_keys: Keys of the image, the first one present counts.
+        image_keys: Keys of the image or video, the first one present counts.
         label_key: Key of the class number.
         num_classes: Number of classes; 0 = labels are not read.
         caption_key: Keys of the caption, the first one present counts: json is an object with the caption in it (or a
@@ -83,7 +84,7 @@ class Config(SourceConfig):
 
     name: Literal["webdataset"] = "webdataset"
     shards: Annotated[list[str], BeforeValidator(_as_shards)] = Field(min_length=1)
-    image_keys: Keys = Field(list(IMAGE_EXTENSIONS), min_length=1)
+    image_keys: Keys = Field([*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS], min_length=1)
     label_key: str = "cls"
     num_classes: int = Field(0, ge=0)
     caption_key: Keys | None = Field(["txt", "caption", "json"])
@@ -273,7 +274,9 @@ def _make_sample(name: str, keys: Sequence[str], content: Callable[[str], bytes]
                 raise OSError(errno.EIO, f"its {key} is not readable: {error}", name) from None
     if config.caption_key and (captions := _captions(keys, content, config)):
         extra["captions"] = captions
-    return Sample(content(image_key), name, label, extra or None)
+    data = content(image_key)
+    is_video = image_key.rpartition(".")[2] in VIDEO_EXTENSIONS
+    return Sample(Video(data, name) if is_video else data, name, label, extra or None)
 
 
 def _captions(keys: Sequence[str], content: Callable[[str], bytes], config: Config) -> list[str]:

@@ -1,0 +1,320 @@
+"""Videos, read frame by frame: the times of all frames first, then only the frames that are asked for.
+
+path or bytes -> `Video` (a name; nothing is read) -> `opened` -> times of its frames -> `frames([3, 40, 77])`: uint8
+RGB `[T, Y, X, 3]`, upright
+
+Frames are numbered in the order in which they are shown. The numbers come from the packets, which are read without
+decoding, so that the frame rate may vary and headers may lie; decoding starts at the last key frame before each wanted
+frame. Never more than the wanted frames are in memory.
+
+Source: spec section 3 of video (frames by number, as decord counts them) and quirk 10 (one frame at a time through a
+decoder that cannot skip).
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from openeva.data.decode import RGB
+
+VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", "m4v", "mpg", "mpeg")
+
+Decoder = Literal["pyav", "torchcodec"]
+Frames = npt.NDArray[np.uint8]
+"""`[T, Y, X, 3]`."""
+
+MISSING_SHARE = 0.02
+"""So many frames of those that the header counts may be missing before a file counts as cut off."""
+_INSTANT = 1e-6
+"""Seconds by which a time may be early and still be that of a frame: they are not exact in binary."""
+LOST_SHARE = 0.1
+"""So many of the wanted frames may not be decodable; the frame before stands in for each."""
+
+
+class VideoError(OSError):
+    """A file that is no video, or a broken one; `filename` names it."""
+
+    def __init__(self, reason: str, name: str) -> None:
+        super().__init__(0, reason, name)
+
+
+class OpenVideo(Protocol):
+    """A video that is being read."""
+
+    times: npt.NDArray[np.float64]
+    """When each frame is shown, in seconds from the first."""
+    duration: float
+    """Seconds."""
+
+    @property
+    def num_frames(self) -> int:
+        """L, number of frames."""
+        ...
+
+    def at(self, seconds: float) -> int:
+        """Number of the frame that is on screen at a time."""
+        ...
+
+    def frames(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Frames:
+        """Some frames by their numbers, in any order and as often as wanted.
+
+        Raises:
+            VideoError: They cannot be decoded.
+        """
+        ...
+
+
+def decoder_problem(decoder: Decoder) -> str | None:
+    """Why a decoder cannot be used here, and what to do about it; None where it can."""
+    try:
+        if decoder == "pyav":
+            import av  # noqa: F401
+        else:
+            import torchcodec.decoders  # noqa: F401
+    except ImportError:
+        package = "PyAV: pip install 'openeva[video]'" if decoder == "pyav" else "torchcodec: pip install torchcodec"
+        return f"reading videos needs {package}"
+    except (RuntimeError, OSError):  # torchcodec is there, FFmpeg is not
+        return "torchcodec needs FFmpeg's libraries (install FFmpeg 4 to 8); or set decoder: pyav, which brings its own"
+    return None
+
+
+class Video:
+    """A video as it lies on disk or in a shard: can be sent to workers, holds no open file.
+
+    Args:
+        data: Its path, or its encoded bytes.
+        name: For messages; the path when left out.
+        decoder: What reads it. PyAV needs nothing else; torchcodec needs FFmpeg's libraries.
+        threads: Of decoding; workers take one each. 0 = one per core.
+    """
+
+    def __init__(self, data: Path | bytes, name: str = "", decoder: Decoder = "pyav", threads: int = 1) -> None:
+        self.data, self.name = data, name or (str(data) if isinstance(data, Path) else "video")
+        self.decoder, self.threads = decoder, threads
+
+    def __repr__(self) -> str:
+        return f"Video({self.name!r})"
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenVideo]:
+        """Read its times; frames can be had until the context ends.
+
+        Raises:
+            VideoError: Not a video, without pictures or frames, or cut off.
+            OSError: No such file.
+        """
+        if isinstance(self.data, Path):
+            with self.data.open("rb"):  # FFmpeg's own messages do not name the file
+                pass
+        elif not self.data:
+            raise VideoError("the file is empty", self.name)
+        if self.decoder == "torchcodec":
+            yield _TorchCodecVideo(self)
+            return
+        import av
+
+        try:
+            with av.open(str(self.data) if isinstance(self.data, Path) else io.BytesIO(self.data)) as container:
+                yield _PyAvVideo(container, self)
+        except av.FFmpegError as error:
+            if isinstance(self.data, Path) and not self.data.stat().st_size:
+                raise VideoError("the file is empty", self.name) from None
+            raise VideoError(f"not a video, or a broken one: {error.strerror}", self.name) from None
+
+    def middle(self) -> Image.Image:
+        """The frame that is on screen in its middle.
+
+        Raises:
+            OSError: As `opened` and `frames`.
+        """
+        with self.opened() as video:
+            return Image.fromarray(video.frames([video.at(video.duration / 2)])[0])
+
+
+class _Timed:
+    """What follows from the times of the frames."""
+
+    times: npt.NDArray[np.float64]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    def at(self, seconds: float) -> int:
+        return max(0, int(np.searchsorted(self.times, seconds + _INSTANT, side="right")) - 1)
+
+
+class _PyAvVideo(_Timed):
+    """A video that PyAV reads; see `OpenVideo`."""
+
+    def __init__(self, container: Any, video: Video) -> None:
+        self._container, self._name = container, video.name
+        streams = [s for s in container.streams.video if not _is_cover(s)]
+        if not streams:
+            raise VideoError(
+                "it has no moving pictures" + (", only sound" if container.streams.audio else ""), self._name
+            )
+        self._stream = streams[0]
+        self._stream.codec_context.thread_count = video.threads
+        self._one_by_one = video.threads == 1  # threads decode ahead of what can be said of each packet
+        if not self._one_by_one:
+            self._stream.codec_context.thread_type = "AUTO"
+        self._pts, self._keys, self._key_dts = self._table()
+        if not len(self._pts):
+            raise VideoError("it has no frames", self._name)
+        declared = self._stream.frames
+        if len(self._pts) < declared - max(2, MISSING_SHARE * declared):
+            raise VideoError(f"it is cut off: {len(self._pts):,} of {declared:,} frames are there", self._name)
+        base = float(self._stream.time_base or 0)
+        self.times = (self._pts - self._pts[0]) * base
+        last = float(np.median(np.diff(self.times))) if len(self.times) > 1 else 0.0
+        self.duration = float(self.times[-1]) + last
+
+    def _table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Times of all frames as shown, of the key frames, and where to seek for them, in the stream's unit."""
+        pts, keys = [], []
+        for packet in self._container.demux(self._stream):
+            if not packet.size or packet.is_discard or packet.is_corrupt:
+                continue
+            if packet.pts is None:
+                return self._table_by_decoding()
+            pts.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+        if len(set(pts)) < len(pts):  # several packets to a frame
+            return self._table_by_decoding()
+        keys = sorted(keys)
+        self._rewind()
+        array = np.array(keys, np.int64).reshape(-1, 2)
+        return np.sort(np.array(pts, np.int64)), array[:, 0], array[:, 1]
+
+    def _table_by_decoding(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The same for files whose packets do not tell: every frame is decoded once, none is kept."""
+        self._rewind()
+        pts: list[int] = []
+        for frame in self._container.decode(self._stream):
+            if frame.pts is None:
+                raise VideoError("its frames have no times; convert it to mp4 (openeva data videos)", self._name)
+            pts.append(frame.pts)
+        self._rewind()
+        none = np.zeros(0, np.int64)
+        return np.unique(np.array(pts, np.int64)), none, none
+
+    def _rewind(self) -> None:
+        start = self._stream.start_time
+        self._container.seek(min(0, start or 0), stream=self._stream)
+
+    def frames(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Frames:
+        wanted, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(self._pts):
+            raise ValueError(f"frames {list(indices)} of a video of {len(self._pts)}")
+        return np.stack(list(self._decoded(self._pts[wanted])))[place]
+
+    def _decoded(self, wanted: npt.NDArray[np.int64]) -> Iterator[RGB]:
+        """The frames that are on screen at some times, which rise."""
+        from av.video.reformatter import VideoReformatter
+
+        reformatter, lost = VideoReformatter(), 0
+        for first, group in self._groups(wanted):
+            shown, left = None, iter(group)
+            target = next(left)
+            for frame in self._from_key_frame(first, set(group)):
+                while target is not None and frame.pts is not None and frame.pts >= target:
+                    if frame.pts > target:  # the frame itself is damaged: what is on screen then, else what comes next
+                        lost += 1
+                    yield _upright_rgb(frame if frame.pts == target or shown is None else shown, reformatter)
+                    target = next(left, None)
+                if target is None:
+                    break
+                shown = frame
+            while target is not None:  # the end is damaged
+                lost += 1
+                if shown is None:
+                    raise VideoError("its frames cannot be decoded", self._name)
+                yield _upright_rgb(shown, reformatter)
+                target = next(left, None)
+        if lost > LOST_SHARE * len(wanted):
+            raise VideoError(f"{lost} of {len(wanted)} frames cannot be decoded", self._name)
+
+    def _groups(self, wanted: npt.NDArray[np.int64]) -> Iterable[tuple[int | None, list[int]]]:
+        """Wanted times by the key frame that decoding starts from; times of one run of decoding stay together."""
+        key_of = np.searchsorted(self._keys, wanted, side="right") - 1
+        for key in np.unique(key_of):
+            yield int(key) if key >= 0 else None, wanted[key_of == key].tolist()
+
+    def _from_key_frame(self, key: int | None, wanted: set[int]) -> Iterator[Any]:
+        """Frames from a key frame on; from the first where there is none, or where seeking does not find it."""
+        if key:
+            self._container.seek(int(self._key_dts[key]), stream=self._stream)
+            frames = self._decode(wanted | {int(self._keys[key])})
+            first = next(frames, None)
+            if first is not None and first.pts is not None and first.pts <= self._keys[key]:
+                yield first
+                yield from frames
+                return
+        self._rewind()
+        yield from self._decode(wanted)
+
+    def _decode(self, wanted: set[int]) -> Iterator[Any]:
+        """Frames from here on, without those that are neither wanted nor needed to decode others."""
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            if self._one_by_one:
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+            yield from packet.decode()
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a stream is the picture on the cover of a song."""
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _upright_rgb(frame: Any, reformatter: Any) -> RGB:
+    """Pixels of a frame, turned as the camera says."""
+    pixels_YXC: RGB = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels_YXC, turns)) if turns else pixels_YXC
+
+
+class _TorchCodecVideo(_Timed):
+    """A video that torchcodec reads; see `OpenVideo`."""
+
+    def __init__(self, video: Video) -> None:
+        from torchcodec.decoders import VideoDecoder
+
+        self._name = video.name
+        source = str(video.data) if isinstance(video.data, Path) else video.data
+        try:
+            self._decoder = VideoDecoder(
+                source, dimension_order="NHWC", num_ffmpeg_threads=video.threads, seek_mode="exact"
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise VideoError(f"not a video, or a broken one: {reason}", video.name) from None
+        facts = self._decoder.metadata
+        if not facts.num_frames:
+            raise VideoError("it has no frames", video.name)
+        declared = facts.num_frames_from_header or 0
+        if facts.num_frames < declared - max(2, MISSING_SHARE * declared):
+            raise VideoError(f"it is cut off: {facts.num_frames:,} of {declared:,} frames are there", video.name)
+        seconds = self._decoder._get_all_frame_pts() if hasattr(self._decoder, "_get_all_frame_pts") else None
+        count = facts.num_frames
+        rate = facts.average_fps or 1.0
+        self.times = np.arange(count) / rate if seconds is None else np.asarray(seconds) - float(seconds[0])
+        self.duration = float(self.times[-1] + 1 / rate)
+
+    def frames(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Frames:
+        try:
+            found: Frames = self._decoder.get_frames_at(list(map(int, indices))).data.numpy()
+        except (RuntimeError, IndexError) as error:
+            raise VideoError(f"its frames cannot be decoded: {str(error).splitlines()[0]}", self._name) from None
+        return found
