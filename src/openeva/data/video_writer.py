@@ -75,7 +75,7 @@ class VideoWriter:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         options = {"crf": str(crf), "preset": preset} if codec == "libx264" else {}
         self._stream: Any = self._container.add_stream(codec, rate=30, options=options)
-        context = self._stream.codec_context
+        context: Any = self._stream.codec_context
         context.width, context.height, context.pix_fmt = columns, rows, "yuv420p"
         context.gop_size, context.thread_count = keyframe_every, num_threads
         if codec == "mpeg4":
