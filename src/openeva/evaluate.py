@@ -32,6 +32,7 @@ from openeva.config import (
     read_recipe,
     validate,
 )
+from openeva.data.clips import ClipSpec
 from openeva.data.loader import EvalLoader, TrainLoader
 from openeva.data.mixture import HELD_OUT
 from openeva.data.views import ViewSpec, normalise
@@ -43,7 +44,7 @@ from openeva.engine.precision import Precision, PrecisionName
 from openeva.evals import retrieval, zeroshot
 from openeva.evals.base import Evaluation, check_fit, needs_of
 from openeva.evals.robustness import COLUMNS, Comparison, compare
-from openeva.heads.classifier import ImageClassifier
+from openeva.heads.classifier import ImageClassifier, over_views
 from openeva.heads.clip import ClipModel
 from openeva.inference.classes import class_names
 from openeva.models import load_checkpoint, transforms_for
@@ -270,7 +271,7 @@ def _place_of_imagenet(recipe: str) -> str:
 
 
 class Classifier(nn.Module):
-    """A trained classifier as evaluations ask for it, without a task: there is nothing to train.
+    """A trained classifier of images or videos as evaluations ask for it, without a task: there is nothing to train.
 
     Attributes:
         class_names: By label.
@@ -289,13 +290,14 @@ class Classifier(nn.Module):
         return self.model.backbone
 
     def view_spec(self, *, train: bool) -> ViewSpec:
-        """Images of the backbone's size."""
-        return ViewSpec(self.backbone.image_size)
+        """Images of the backbone's size, or clips."""
+        frames = self.backbone.num_frames
+        return ViewSpec(self.backbone.image_size, clip=None if frames is None else ClipSpec(frames))
 
-    def logits(self, image_BCYX: UInt8[Tensor, "B C Y X"]) -> Float[Tensor, "B V"]:
-        """Logits of images as the loader gives them, not normalised."""
+    def logits(self, image_BCYX: UInt8[Tensor, "B *views C Y X"]) -> Float[Tensor, "B V"]:
+        """Logits of images or clips as the loader gives them, not normalised; of several views, over all of them."""
         statistics = self.backbone.normalisation
-        return self.model(normalise(image_BCYX, statistics.mean, statistics.std)).float()
+        return over_views(lambda x: self.model(normalise(x, statistics.mean, statistics.std)).float(), image_BCYX)
 
 
 class ImageTextModel(nn.Module):

@@ -40,10 +40,10 @@ class ErasingConfig(Config):
             raise ValueError(f"ratio is (least, largest) with 0 < least <= largest, not {self.ratio}")
         return self
 
-    def __call__(self, image_BCYX: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
+    def __call__(self, image_BCYX: Float[Tensor, "B *T C Y X"]) -> Float[Tensor, "B *T C Y X"]:
         """A copy of the normalised images with boxes of noise; the images themselves where nothing is erased."""
-        num_images, channels, height, width = image_BCYX.shape
-        chosen = (torch.rand(num_images) < self.prob).nonzero()[:, 0].tolist()
+        channels, height, width = image_BCYX.shape[-3:]
+        chosen = (torch.rand(len(image_BCYX)) < self.prob).nonzero()[:, 0].tolist()
         if not chosen:
             return image_BCYX
         image_BCYX = image_BCYX.clone()

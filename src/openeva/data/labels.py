@@ -4,7 +4,7 @@ source -> `class_names_of`, `labels_of` (int64 `[N]`, -1 = none) -> `class_count
 
 A source tells them by the optional members `class_names` (by label), `labels()` (class of every sample) and
 `name_of(i)` (the name that `read(i)` would give); without them classes are named by their numbers, and what needs the
-others says so. One whose samples have captions says it by `has_captions`.
+others says so. One whose samples have captions says it by `has_captions`, one whose samples are videos by `has_videos`.
 """
 
 import hashlib
@@ -25,6 +25,11 @@ def class_names_of(source: Any) -> list[str]:
 def has_captions(source: Any) -> bool:
     """Whether the samples of a source have captions, as far as it says so."""
     return bool(getattr(source, "has_captions", False))
+
+
+def has_videos(source: Any) -> bool:
+    """Whether the samples of a source are videos, as far as it says so."""
+    return bool(getattr(source, "has_videos", False))
 
 
 def labels_of(source: Any) -> Indices:

@@ -370,6 +370,11 @@ class EvalLoader(_Loader):
         return len(range(self._rank, self.num_samples, self._world_size * self._batch_size))
 
     @property
+    def has_videos(self) -> bool:
+        """Whether the samples are videos."""
+        return self._source.has_videos
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the images' classes by label; empty without labels."""
         return self._source.class_names
@@ -383,6 +388,14 @@ class EvalLoader(_Loader):
         sizes = [[*spec.image_size], [*(spec.target_size or ())]]
         clip = {} if spec.clip is None else {"clip": asdict(spec.clip)}
         return {"data": self._source.identity, "crop": crop, "sizes": sizes, **clip}
+
+    def seen_as(self, spec: ViewSpec) -> "EvalLoader":
+        """The same samples of this process in another view."""
+        return EvalLoader(
+            self._source, spec, self._maker.crop, batch_size=self._batch_size, rank=self._rank,
+            world_size=self._world_size, limit=self.num_samples, num_workers=self._num_workers,
+            prefetch=self._prefetch, max_broken=self._max_broken,
+        )  # fmt: skip
 
     def part(self, *, limit: int | None = None, rank: int = 0, world_size: int = 1) -> "EvalLoader":
         """The same views of some of the samples: of `limit` ones (a seeded choice), the share of one process."""

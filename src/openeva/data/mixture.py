@@ -14,7 +14,7 @@ import numpy as np
 
 from openeva.config import ComponentConfig
 from openeva.data.file_index import Progress
-from openeva.data.labels import by_class, class_counts, class_names_of, has_captions, labels_of, name_of
+from openeva.data.labels import by_class, class_counts, class_names_of, has_captions, has_videos, labels_of, name_of
 from openeva.data.sampler import Indices
 from openeva.data.sources.base import Sample, Source, StreamSource
 from openeva.data.subset import Part, Subset, identity_of
@@ -34,6 +34,7 @@ class Mixture:
         class_names: By label, empty without labels.
         num_classes: Number of label values, 0 without labels.
         has_captions: Whether all sources have captions.
+        has_videos: Whether all sources have videos.
         identity: Of each source in words; two mixtures of the same identity have the same samples in the same order, as
             far as the sources can tell.
     """
@@ -54,7 +55,7 @@ class Mixture:
         names = [class_names_of(source) for source in sources]
         self.class_names = _merged(names) if class_names is None else list(class_names)
         self.num_classes = len(self.class_names)
-        self.has_captions = all(map(has_captions, self.sources))
+        self.has_captions, self.has_videos = all(map(has_captions, sources)), all(map(has_videos, sources))
         self._label_maps = [_label_map(own, self.class_names) for own in names]
         self.identity = list(identity or (f"{w:g} x {identity_of(s)}" for w, s in zip(weights, sources, strict=True)))
         self._ends = np.cumsum([len(source) for source in sources])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from openeva.data.labels import by_class, class_names_of, has_captions, labels_of, name_of
+from openeva.data.labels import by_class, class_names_of, has_captions, has_videos, labels_of, name_of
 from openeva.data.sampler import Indices, permute, seed_of
 from openeva.data.sources.base import Sample, Source, SourceConfig
 
@@ -39,7 +39,7 @@ class _Chosen:
     def __init__(self, source: Source, identity: str) -> None:
         self.num_classes, self.class_names = source.num_classes, class_names_of(source)
         self.classes_found = getattr(source, "classes_found", False)
-        self.has_captions = has_captions(source)
+        self.has_captions, self.has_videos = has_captions(source), has_videos(source)
         self.identity = identity
         self._source = source
 

@@ -168,11 +168,13 @@ def encode_all(
         if (batch["label"] < 0).any():
             break  # all processes will see it below
         # weights that are gathered in reduced precision (FSDP) take no other input outside autocast
-        image_BCYX = normalise(
-            batch["image"].to(weight.device), backbone.normalisation.mean, backbone.normalisation.std, weight.dtype
-        )
-        pooled.append(encode(image_BCYX).float().cpu())
-        done += len(image_BCYX) * world_size
+        statistics, views = backbone.normalisation, batch["image"].to(weight.device)
+        found_BD = [
+            encode(normalise(view, statistics.mean, statistics.std, weight.dtype)).float()
+            for view in (views.unbind(1) if views.ndim == 6 else [views])  # of videos
+        ]
+        pooled.append(torch.stack(found_BD).mean(0).cpu())
+        done += len(views) * world_size
         if progress is not None:
             progress(done)
     found = (torch.cat(pooled), torch.cat(labels), torch.cat(indices))
@@ -212,8 +214,8 @@ def once(compute: Callable[[], Result]) -> Result:
 # ------------------------------------------------------------------------------------------------ classification
 
 
-def image_size_of(task: Any, evaluation: str) -> tuple[int, int]:
-    """Rows and columns that a task classifies.
+def view_of(task: Any, evaluation: str) -> ViewSpec:
+    """How a task that classifies sees held-out samples.
 
     Raises:
         ValueError: It does not classify.
@@ -223,8 +225,22 @@ def image_size_of(task: Any, evaluation: str) -> tuple[int, int]:
             f"evaluation {evaluation} needs a task that classifies images, not {type(task).__name__}; remove it from"
             " `evals`, or use the task classify"
         )
-    size: tuple[int, int] = task.view_spec(train=False).image_size
-    return size
+    view: ViewSpec = task.view_spec(train=False)
+    return view
+
+
+def image_size_of(task: Any, evaluation: str) -> tuple[int, int]:
+    """Rows and columns that a task classifies.
+
+    Raises:
+        ValueError: It does not classify images.
+    """
+    view = view_of(task, evaluation)
+    if view.clip is not None:
+        raise ValueError(
+            f"evaluation {evaluation} has images, but this model classifies videos; remove it from `evals`"
+        )
+    return view.image_size
 
 
 OFFICIAL_CROP = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
@@ -261,15 +277,16 @@ class OwnImages(ComponentConfig):
     max_broken: float = Field(0.01, ge=0, le=1, description="share of files that may be unreadable")
 
     def loader(
-        self, source: Source, image_size: tuple[int, int], crop: CropConfig, tokenizer: Any = None
+        self, source: Source, view: ViewSpec | tuple[int, int], crop: CropConfig, tokenizer: Any = None
     ) -> EvalLoader:
-        """This process's share of a source: over all processes each image comes once.
+        """This process's share of a source, in a view or images of a size: over all processes each comes once.
 
         Labels stay the source's own, also where two classes have one name (ImageNet's two missiles).
         """
         rank, world_size = _process()
         return EvalLoader(
-            Mixture([source], [1.0], class_names_of(source)), ViewSpec(image_size, tokenizer=tokenizer), crop,
+            Mixture([source], [1.0], class_names_of(source)),
+            ViewSpec(view, tokenizer=tokenizer) if isinstance(view, tuple) else view, crop,
             batch_size=self.batch_size, rank=rank, world_size=world_size,
             num_workers=resolve_workers(self.num_workers), max_broken=self.max_broken,
         )  # fmt: skip
@@ -416,12 +433,20 @@ def _encode_images(task: Any, loader: Iterable[dict[str, Any]]) -> EncodedImages
     features, labels, indices = [torch.empty(0, task.model.embed_dim)], [none], [none]
     captions: list[list[str]] = []
     for batch in loader:
-        features.append(F.normalize(task.encode_image(batch["image"]).float(), dim=-1).cpu())
+        features.append(_encode_batch(task, batch["image"]).cpu())
         labels.append(batch["label"].cpu())
         indices.append(batch["index"].cpu())
         captions += batch.get("captions") or [[] for _ in batch["label"]]
     broken = dict(getattr(loader, "broken", {}))
     return EncodedImages(torch.cat(features), torch.cat(labels), torch.cat(indices), captions, broken)
+
+
+def _encode_batch(task: Any, image: Tensor) -> Float[Tensor, "B E"]:
+    """Features of images, or of the frames of each video on average, of length 1."""
+    if image.ndim == 4:
+        return F.normalize(task.encode_image(image).float(), dim=-1)
+    frame_BTE = F.normalize(task.encode_image(image.flatten(0, 1)).float(), dim=-1).unflatten(0, image.shape[:2])
+    return F.normalize(frame_BTE.mean(1), dim=-1)
 
 
 def text_task(task: Any, evaluation: str) -> Any:

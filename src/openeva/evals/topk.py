@@ -1,27 +1,33 @@
-"""Top-1 and top-5 accuracy and cross-entropy of a classifier, on the held-out images or on a source of its own.
+"""Top-1 and top-5 accuracy and cross-entropy of a classifier, on the held-out samples or on a source of its own.
 
-image -> `task.logits` -> is the label the first, or among the first five, of the classes?
+image, or video in one or many views -> `task.logits` -> is the label first, or among the first five, of the classes?
 
 Source: spec section 7. Differences: every image counts once on however many processes (the official sampler pads with
 duplicates), and the loss is a mean over images, not over batches.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from pydantic import Field
 
 from openeva.config import Source as SourceField
+from openeva.data.clips import ViewsConfig
+from openeva.data.labels import has_videos
 from openeva.data.views import CropConfig
-from openeva.evals.base import OwnImages, Tally, check_classes, image_size_of, own_crop
+from openeva.evals.base import OwnImages, Tally, check_classes, own_crop, view_of
 
 
 class Config(OwnImages):
     """Top-1, top-5 and loss."""
 
     name: str = "topk"
-    source: SourceField | None = Field(None, description="images to measure on; the held-out ones when left out")
+    source: SourceField | None = Field(
+        None, description="images or videos to measure on; the held-out ones when left out"
+    )
+    views: ViewsConfig | None = Field(None, description="of each video; as held-out ones are seen if left out")
     crop: CropConfig | None = Field(None, description="of images of `source`; as the model's held-out ones if left out")
     prefix: str = Field("", description="of the metrics' names, where several of these stand in one recipe")
 
@@ -48,8 +54,19 @@ class TopK:
         Raises:
             ValueError: It does not.
         """
-        image_size_of(task, self.config.name)
+        view = view_of(task, self.config.name)
+        if view.clip is None and self.config.views is not None:
+            raise ValueError(f"evaluation {self.config.name}: `views` are of videos, and this model classifies images")
+        if self.config.views is not None and not self.config.prefix and hasattr(task, "evaluate"):
+            raise ValueError(
+                f"evaluation {self.config.name} with `views` would report under the names of the held-out accuracies;"
+                " tell them apart by a `prefix`, such as prefix: views_"
+            )
         if self._source is not None:
+            if has_videos(self._source) < (view.clip is not None):
+                raise ValueError(
+                    f"evaluation {self.config.name}: its source has images, but this model classifies videos"
+                )
             if not self.config.prefix and hasattr(task, "evaluate"):
                 raise ValueError(
                     f"evaluation {self.config.name} with a `source` would report under the names of the held-out"
@@ -65,7 +82,7 @@ class TopK:
                 )
 
     @torch.no_grad()
-    def run(self, task: Any, loaders: Mapping[str, Iterable[dict[str, Any]]]) -> dict[str, float]:
+    def run(self, task: Any, loaders: Mapping[str, Any]) -> dict[str, float]:
         """`{"top1": ..., "top5": ..., "held_out_loss": ..., "images": ...}`; accuracies are shares.
 
         Raises:
@@ -73,10 +90,14 @@ class TopK:
         """
         self.check(task)
         config, source = self.config, self._source
-        size, rows = image_size_of(task, config.name), getattr(source, "rows", None)
+        view, rows = view_of(task, config.name), getattr(source, "rows", None)
+        if config.views is not None and view.clip is not None:
+            view = replace(view, clip=config.views.spec(view.clip.num_frames))
+            if source is None and "val" in loaders:
+                loaders = {"val": loaders["val"].seen_as(view)}
         if source is not None:
             crop = config.crop or own_crop(task, loaders)
-            loaders = {"val": config.loader(source, size, crop)}
+            loaders = {"val": config.loader(source, view, crop)}
         if "val" not in loaders:
             raise ValueError(f"evaluation {config.name} has no images: give it a `source`, or data.val or data.holdout")
         device, tally = next(task.parameters()).device, Tally()

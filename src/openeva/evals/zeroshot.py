@@ -14,6 +14,7 @@ once on however many processes, and products of features are taken in full preci
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,9 +26,10 @@ from torch import Tensor
 from openeva.config import ConfigError
 from openeva.config import Source as SourceField
 from openeva.data.benchmarks import IMAGENET, KINETICS, Benchmark, ImageSet, open_benchmarks
+from openeva.data.clips import ClipSpec
 from openeva.data.imagenet_classes import class_names as imagenet_names
 from openeva.data.imagenet_classes import wordnet_ids
-from openeva.data.labels import class_names_of
+from openeva.data.labels import class_names_of, has_videos
 from openeva.data.sources.torchvision import benchmark_name
 from openeva.data.views import CropConfig
 from openeva.engine.distributed import merge_over_processes
@@ -63,6 +65,11 @@ class Config(OwnImages):
     )
     crop: CropConfig | None = Field(None, description="of images of its own; as the model's held-out ones if left out")
     prefix: str = Field("", description="of the metrics' names, where several of these stand in one recipe")
+    frames: int = Field(
+        1,
+        gt=0,
+        description="of videos: so many evenly spaced ones, their features averaged; 1 = the middle one (paper)",
+    )
     text_batch_size: int = Field(256, gt=0, description="texts per forward pass")
     allow_incomplete: bool = Field(False, description="measure ImageNet sets of which images are missing")
     download: bool = Field(False, description="let torchvision fetch CIFAR where it is missing")
@@ -190,14 +197,21 @@ class ZeroShot:
         """A loader, and the own names of its classes by label."""
         if one.source is not None:
             crop = self.config.crop or own_crop(task, loaders)
-            loader = self.config.loader(one.source, task.view_spec(train=False).image_size, crop)
-            return loader, class_names_of(one.source)
+            view = task.view_spec(train=False)
+            view = replace(view, tokenizer=None, clip=self._clip(one.source))
+            return self.config.loader(one.source, view, crop), class_names_of(one.source)
         if "val" not in loaders:
             raise ValueError("evaluation zeroshot has no images: give it a `source`, or data.val or data.holdout")
         names = list(loaders["val"].class_names)
         if not names:
             raise ValueError("evaluation zeroshot needs held-out images with classes; remove it, or give it a `source`")
-        return loaders["val"], names
+        loader = loaders["val"]
+        if (clip := self._clip(loader)) is not None:
+            loader = loader.seen_as(replace(task.view_spec(train=False), tokenizer=None, clip=clip))
+        return loader, names
+
+    def _clip(self, source: Any) -> ClipSpec | None:
+        return ClipSpec(self.config.frames) if self.config.frames > 1 and has_videos(source) else None
 
     def _names(self, one: ImageSet, known: Sequence[str]) -> list[str]:
         """What stands for the classes in the texts: what was given, names made for texts, or folders in words."""
@@ -220,7 +234,7 @@ class ZeroShot:
         """Whether texts and crop are those that the published numbers were made with."""
         config = self.config
         crop = config.crop and config.crop.model_copy(update={"resizer": None})
-        return not (config.templates or config.class_names) and crop in (None, OFFICIAL_CROP)
+        return not (config.templates or config.class_names) and config.frames == 1 and crop in (None, OFFICIAL_CROP)
 
     def _start(self, one: ImageSet = HELD_OUT) -> str:
         """Beginning of the names of a set's metrics."""

@@ -20,8 +20,11 @@ from pydantic import Field, model_validator
 from openeva.checkpoints.class_map import map_by_names, read_class_map, select_classes
 from openeva.checkpoints.detect import grid_of_clips
 from openeva.checkpoints.load import Weights
+from openeva.config import ConfigError
 from openeva.data.clips import ClipSpec, ViewsConfig
 from openeva.data.kinetics_classes import ALIASES
+from openeva.data.labels import has_videos
+from openeva.data.mixture import Mixture, Streams
 from openeva.data.views import ViewSpec
 from openeva.tasks.classify import ClassifyTask
 from openeva.tasks.classify import Config as ClassifyConfig
@@ -50,6 +53,26 @@ class Config(ClassifyConfig):
         if self.class_map is not None and self.init_from is None:
             raise ValueError("class_map chooses classes of the classifier in init_from, which is not given")
         return self
+
+    def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "Config":
+        """As a classifier of images, with sources of videos.
+
+        Raises:
+            ConfigError: As that one, or a source has images.
+        """
+        parts = {"data.train": train, "data.val": val}
+        problems = [
+            f"{part}.{number} has no videos; task video reads them from video_folder, video_list or webdataset"
+            for part, data in parts.items()
+            if isinstance(data, Mixture)
+            for number, source in enumerate(data.sources)
+            if not has_videos(source)
+        ]
+        if problems:
+            raise ConfigError(problems)
+        fitted = super().fit_to(train, val)
+        assert isinstance(fitted, Config)
+        return fitted
 
     def build(self) -> "VideoTask":
         """Make the model.

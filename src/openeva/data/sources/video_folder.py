@@ -83,7 +83,7 @@ class VideoFolder:
         identity: Number and place of the videos.
     """
 
-    classes_found = True
+    classes_found = has_videos = True
 
     def __init__(self, root: Path, classes: list[str], videos: list[str], decoder: Decoder = "pyav") -> None:
         self._root, self._videos, self._decoder = root, videos, decoder

@@ -7,6 +7,7 @@ Source: spec section 3.2 of video. Difference: a line is split once from the rig
 """
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -145,12 +146,15 @@ class VideoList:
         identity: Number and place of the videos.
     """
 
+    has_videos = True
+
     def __init__(self, root: Path, rows: list[tuple[str, int]], class_names: list[str], decoder: Decoder) -> None:
         self._root, self._decoder = root, decoder
         self._paths = [path for path, _ in rows]
         self._labels = np.array([label for _, label in rows], np.int64)
         self.class_names, self.num_classes = class_names, len(class_names)
-        self.identity = f"{len(rows)} videos in {root}"
+        digest = hashlib.blake2b(repr(rows).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        self.identity = f"{len(rows)} videos in {root} ({digest})"
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -198,7 +198,8 @@ def _open_local(config: Config, shards: list[Path], progress: Progress | None) -
         )  # fmt: skip
     has_captions = bool(suffixes & set(config.caption_key or []))
     table = [_ShardRow(str(s), indexes[s]["shard"][1], indexes[s]["shard"][2], indexes[s]["samples"]) for s in shards]
-    return WebDataset(config, table, has_captions=has_captions)
+    has_videos = next(key for key in config.image_keys if key in suffixes) in VIDEO_EXTENSIONS
+    return WebDataset(config, table, has_captions=has_captions, has_videos=has_videos)
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,15 @@ class WebDataset:
 
     Attributes:
         has_captions: Whether there are files that hold captions.
+        has_videos: Whether the samples are videos.
         identity: Two sources of the same identity have the same samples in the same order.
     """
 
-    def __init__(self, config: Config, shards: Sequence[_ShardRow], *, has_captions: bool = False) -> None:
-        self._config, self._shards, self.has_captions = config, list(shards), has_captions
+    def __init__(
+        self, config: Config, shards: Sequence[_ShardRow], *, has_captions: bool = False, has_videos: bool = False
+    ) -> None:
+        self._config, self._shards = config, list(shards)
+        self.has_captions, self.has_videos = has_captions, has_videos
         self._ends = np.cumsum([shard.num_samples for shard in shards])
         self.num_classes = config.num_classes
         self.identity = hashlib.blake2b(repr(self._shards).encode(), digest_size=16).hexdigest()
