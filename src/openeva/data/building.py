@@ -32,20 +32,21 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def claim(out: Path, marker: str, options: Record) -> None:
+def claim(out: Path, marker: str, options: Record, may_hold: tuple[str, ...] = ()) -> None:
     """Make a folder ours, or find that it is.
 
     Args:
         out: The folder, which is made if it is missing.
         marker: Name of the file in it that keeps the options.
         options: What decides about the content; JSON.
+        may_hold: Endings of files that a new folder may hold already.
 
     Raises:
         ConfigError: The folder holds something else, or was begun with other options.
     """
     file = out / marker
     if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.suffix not in may_hold for path in out.iterdir())):
             raise ConfigError([f"{out} is not an empty folder, and no {marker} says that it is to be continued"])
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(options, indent=1) + "\n")

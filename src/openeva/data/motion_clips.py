@@ -280,9 +280,8 @@ def _image(path: Path) -> RGB:
 
 def _record(options: Options, images: list[Path]) -> dict[str, Any]:
     """What decides about the clips; where the images lie does not, which they are does."""
-    names = "\n".join(
-        str(path.relative_to(options.images)) if str(options.images) != PHOTOGRAPHS else path.name for path in images
-    )
+    folder = None if str(options.images) == PHOTOGRAPHS else options.images
+    names = "\n".join(str(path.relative_to(folder)) if folder else path.name for path in images)
     digest = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest() if images else None
     return asdict(options) | {"images": digest, "actions": options.classes}
 

@@ -8,7 +8,8 @@ the right. Where PyAV was built without libx264, files are MPEG-4 part 2: larger
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ class VideoWriter:
         path: Where; the folder is made if it is missing, and a file of that name is replaced.
         size: (rows, columns), both even.
         time_base: Length in seconds of one tick of the frames' times.
+        rate: Frames per second, about; it gives the last frame its duration.
         crf: Quality of h264, 0 (lossless) to 51; 6 more is about half the size.
         keyframe_every: At least every how many frames one is stored that needs no other: seeking decodes from there.
         preset: How long x264 searches, "ultrafast" to "veryslow".
@@ -43,6 +45,7 @@ class VideoWriter:
     Raises:
         ImportError: PyAV is missing.
         ValueError: A side is odd, or `crf` or `keyframe_every` is out of range.
+        OSError: The place cannot be written.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class VideoWriter:
         path: Path,
         size: tuple[int, int],
         time_base: Fraction,
+        rate: Fraction,
         *,
         crf: int = 23,
         keyframe_every: int = 12,
@@ -69,17 +73,18 @@ class VideoWriter:
         self.num_frames = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        self._container: Any = av.open(
-            str(self._partial), "w", format="mp4", container_options={"movflags": "+faststart"}
-        )
+        with _writing(self.path):
+            self._container: Any = av.open(
+                str(self._partial), "w", format="mp4", container_options={"movflags": "+faststart"}
+            )
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         options = {"crf": str(crf), "preset": preset} if codec == "libx264" else {}
-        self._stream: Any = self._container.add_stream(codec, rate=30, options=options)
+        self._stream: Any = self._container.add_stream(codec, rate=rate, options=options)
         context: Any = self._stream.codec_context
         context.width, context.height, context.pix_fmt = columns, rows, "yuv420p"
         context.gop_size, context.thread_count = keyframe_every, num_threads
         if codec == "mpeg4":
-            context.bit_rate = int(_MPEG4_BITS_PER_PIXEL * 30 * rows * columns)
+            context.bit_rate = int(_MPEG4_BITS_PER_PIXEL * rate * rows * columns)
             time_base = max(time_base, Fraction(1, _LARGEST_MPEG4_CLOCK))
         context.time_base = time_base
         if like is not None:
@@ -90,23 +95,41 @@ class VideoWriter:
         return self
 
     def write(self, frame: Any) -> None:
-        """Add an `av.VideoFrame`; its `pts` counts in its own `time_base`, and later frames have later times."""
-        self._container.mux(self._stream.encode(frame))
+        """Add an `av.VideoFrame`; its `pts` counts in its own `time_base`, and later frames have later times.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        with _writing(self.path):
+            self._container.mux(self._stream.encode(frame))
         self.num_frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_whole = kind is None and self.num_frames > 0
         try:
-            if kind is None and self.num_frames:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
-            if kind is None and self.num_frames:
+            with _writing(self.path):
+                if is_whole:
+                    self._container.mux(self._stream.encode(None))
+                self._container.close()
+            if is_whole:
                 self._partial.replace(self.path)
         finally:
             self._partial.unlink(missing_ok=True)
-        if kind is None and not self.num_frames:
+        if kind is None and not is_whole:
             raise ValueError(f"{self.path}: a video needs at least one frame")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """FFmpeg's errors as those of Python, with the name of the file."""
+    from av import FFmpegError
+
+    try:
+        yield
+    except FFmpegError as error:
+        raise OSError(error.errno or 0, f"cannot be written: {error.strerror}", str(path)) from None
 
 
 def write_video(
@@ -138,20 +161,15 @@ def write_video(
         raise ValueError(f"{path}: a video needs at least one frame")
     rows, columns = _checked(first, first.shape).shape[:2]
     even = (rows + rows % 2, columns + columns % 2)
-    try:
-        from av import FFmpegError, VideoFrame
-    except ImportError:
-        raise ImportError(MISSING_AV) from None
-    try:
-        with VideoWriter(path, even, 1 / rate, crf=crf, keyframe_every=keyframe_every) as writer:
-            frame_YXC: RGB | None = first
-            while frame_YXC is not None:
-                frame = VideoFrame.from_ndarray(_padded(_checked(frame_YXC, first.shape)), format="rgb24")
-                frame.pts, frame.time_base = writer.num_frames, 1 / rate
-                writer.write(frame)
-                frame_YXC = next(source, None)
-    except FFmpegError as error:
-        raise OSError(error.errno or 0, f"cannot be written as a video: {error.strerror}", str(path)) from None
+    with VideoWriter(path, even, 1 / rate, rate, crf=crf, keyframe_every=keyframe_every) as writer:
+        from av import VideoFrame
+
+        frame_YXC: RGB | None = first
+        while frame_YXC is not None:
+            frame = VideoFrame.from_ndarray(_padded(_checked(frame_YXC, first.shape)), format="rgb24")
+            frame.pts, frame.time_base = writer.num_frames, 1 / rate
+            writer.write(frame)
+            frame_YXC = next(source, None)
     return writer.num_frames
 
 
@@ -163,7 +181,7 @@ def check_quality(crf: int, keyframe_every: int) -> None:
         raise ValueError(f"keyframe_every {keyframe_every}: choose 1 (every frame) or more")
 
 
-def _checked(frame_YXC: RGB, shape: tuple[int, ...]) -> RGB:
+def _checked(frame_YXC: npt.NDArray[Any], shape: tuple[int, ...]) -> RGB:
     if frame_YXC.dtype != np.uint8 or frame_YXC.ndim != 3 or frame_YXC.shape[2] != 3 or 0 in frame_YXC.shape:
         raise ValueError(
             f"a frame is {frame_YXC.dtype} {list(frame_YXC.shape)}; frames must be uint8 [rows, columns, 3]"
