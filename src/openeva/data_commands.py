@@ -1,4 +1,4 @@
-"""Commands that prepare data: `openeva data check | index | emoji`; `cli.py` makes them part of `openeva`.
+"""Commands that prepare data: `openeva data check | index | emoji | clips | videos`.
 
 arguments -> one function per command -> `data`, imported inside it so that `--help` stays fast
 """
@@ -103,3 +103,116 @@ def data_emoji(
     if len(built.broken) > 10:
         say(f"- ... and {len(built.broken) - 10:,} more, listed in {out / 'README.md'}")
     say(f"what it is, and how to train on it: {out / 'README.md'}; licences and credits: {out / 'LICENSES.txt'}")
+
+
+@app.command("clips")
+def data_clips(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the videos; the same command goes on where one was cut short.")
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images for a window to move over, or [bold]skimage[/]: the photographs that come with"
+            " scikit-image.",
+            show_default="drawn objects that move",
+        ),
+    ] = None,
+    num: Annotated[int, typer.Option(help="Videos, training and validation together.")] = 1200,
+    frames: Annotated[int, typer.Option(help="Frames of each.")] = 32,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 16,
+    size: Annotated[int, typer.Option(help="Side length in pixels.")] = 96,
+    actions: Annotated[
+        str | None, typer.Option(help="The classes, with commas.", show_default="all 12, or 16 of images")
+    ] = None,
+    val_share: Annotated[
+        float, typer.Option(help="Share of the videos, and of the images, that are for validation.")
+    ] = 0.2,
+    drift: Annotated[bool, typer.Option("--drift", help="Let the other drawn objects move as well, slowly.")] = False,
+    seed: Annotated[int, typer.Option(help="Another one, other videos.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; 0 = work in this one.", min=0, show_default="one per core")
+    ] = None,
+) -> None:
+    """Make short videos whose class is what happens in them, and nothing that a single picture shows.
+
+    Drawn objects move in four directions, grow, shrink, turn, appear, disappear, collide, pass. Over images
+    (--images) a window pans, zooms, rotates, or does two such things one after the other, where their order is the
+    class: any two, such as [bold]zoom_in_then_pan_up[/], can be named in --actions. No image is in both parts.
+
+    Written: OUT/train/CLASS/NAME.mp4 and OUT/val/..., lists (train.txt, val.txt), labels.csv, README.md.
+    Exit status 1 when an image is broken. Needs the extra [bold]video[/].
+    """
+    from openeva.data import motion_clips
+    from openeva.data.building import num_cores
+    from openeva.engine.log import counting
+
+    names = tuple(name.strip() for name in (actions or "").split(",") if name.strip())
+    options = motion_clips.Options(images, num, frames, fps, size, names, val_share, drift, seed)
+    with counting(stdout(), "writing videos", num) as watch:
+        built = motion_clips.build(out, options, num_workers=num_cores() if workers is None else workers, watch=watch)
+    stdout().print(table(f"videos in {out}", ["label", "class", "train", "val"], motion_clips.rows_of(built)))
+    for path, why in list(built.broken.items())[:10]:
+        say(f"- skipped {path}: {why}")
+    if len(built.broken) > 10:
+        say(f"- ... and {len(built.broken) - 10:,} more")
+    say(f"{built.made:,} made now; what it is, and how to train on it: {out / 'README.md'}")
+    if built.broken:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("videos")
+def data_videos(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of videos, in folders of any depth.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the small ones, under the same names.")],
+    resize: Annotated[
+        str,
+        typer.Option(
+            metavar="N|WxH",
+            help="256: the shorter side in pixels, ratio kept, which is what the official transform begins with."
+            " 340x256: just this width and height, exchanged for portrait videos.",
+        ),
+    ] = "256",
+    fps: Annotated[
+        float | None,
+        typer.Option(help="At most so many frames per second; none is doubled.", show_default="all, at their times"),
+    ] = None,
+    keyframe_every: Annotated[
+        int, typer.Option(metavar="FRAMES", help="A frame that needs no other at least so often: seeking is cheap.")
+    ] = 12,
+    crf: Annotated[int, typer.Option(help="Quality, 0 (lossless) to 51; 6 more is about half the size.")] = 23,
+    upscale: Annotated[
+        bool,
+        typer.Option(
+            "--upscale",
+            help="Enlarge small videos. Without it they keep their size; of 340x256 they get the ratio, as large as"
+            " they fill it.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; 0 = work in this one.", min=0, show_default="one per core")
+    ] = None,
+) -> None:
+    """Re-encode a folder of videos in small, so that training reads them cheaply.
+
+    OUT gets the same folders and names, ending in .mp4 (h264, yuv420p, even sides): upright, without sound, each frame
+    at its time. The same command goes on where one was cut short; Ctrl-C keeps what is finished. Files that cannot be
+    read are named, and listed in OUT/broken.txt; exit status 1 says that there were some. Lists beside the videos are
+    neither copied nor changed. Needs the extra [bold]video[/].
+    """
+    from openeva.data import video_resize
+    from openeva.data.building import num_cores
+    from openeva.engine.log import counting
+
+    options = video_resize.Options(resize, fps, keyframe_every, crf, upscale)
+    num_workers = num_cores() if workers is None else workers
+    with counting(stdout(), "re-encoding", len(video_resize.find_videos(source))) as watch:
+        resized = video_resize.resize_folder(source, out, options, num_workers=num_workers, watch=watch)
+    for path, why in list(resized.broken.items())[:10]:
+        say(f"- skipped {path}: {why}")
+    if len(resized.broken) > 10:
+        say(f"- ... and {len(resized.broken) - 10:,} more")
+    say(video_resize.summary_of(resized))
+    if resized.broken:
+        say(f"all files without a result, and why: {out / video_resize.BROKEN}")
+        raise typer.Exit(EXIT_FAILED)
