@@ -1,4 +1,4 @@
-"""Commands that prepare data: `openeva data check | index | emoji | clips | videos`.
+"""Commands that prepare data, `openeva data check | index | emoji | kinetics722 | clips | videos`.
 
 arguments -> one function per command -> `data`, imported inside it so that `--help` stays fast
 """
@@ -103,6 +103,63 @@ def data_emoji(
     if len(built.broken) > 10:
         say(f"- ... and {len(built.broken) - 10:,} more, listed in {out / 'README.md'}")
     say(f"what it is, and how to train on it: {out / 'README.md'}; licences and credits: {out / 'LICENSES.txt'}")
+
+
+@app.command("kinetics722")
+def data_kinetics722(
+    out: Annotated[Path, typer.Option(help="Folder for the lists.")],
+    root: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder with k400, k600 and k700; paths in the lists are relative to it.",
+            show_default="the common parent folder of the three",
+        ),
+    ] = None,
+    k400: Annotated[Path | None, typer.Option(help="Kinetics-400.", show_default="k400 in ROOT")] = None,
+    k600: Annotated[Path | None, typer.Option(help="Kinetics-600.", show_default="k600 in ROOT")] = None,
+    k700: Annotated[Path | None, typer.Option(help="Kinetics-700.", show_default="k700 in ROOT")] = None,
+    filter_k400: Annotated[
+        bool,
+        typer.Option(
+            "--filter-k400",
+            help="Take out of K-400's training list what its validation list holds; EVA's own list has it. K-722's"
+            " training list never has videos of any validation set.",
+        ),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Open every file once, and leave out those that do not open.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that open files; 0 = work in this one.", min=0, show_default="one per core"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other lists in the folder.")] = False,
+) -> None:
+    """Merge Kinetics-400, -600 and -700 into the lists of Kinetics-722, as EVA did.
+
+    Each set is [bold]train/CLASS/ID_START_END.mp4[/] and [bold]val/...[/], where ID is the YouTube id (11 characters).
+    K-722's training list takes each id once and none that is in any validation set. Also written: the lists of the
+    three sets, names of labels, arrays from their labels to K-722's, and report.csv with every file that was dropped
+    and why. Downloads nothing.
+    """
+    from openeva.data import kinetics722
+    from openeva.data.building import num_cores
+    from openeva.data.kinetics_classes import locate
+    from openeva.engine.log import stages
+
+    start, folders = locate(root, {"k400": k400, "k600": k600, "k700": k700})
+    options = kinetics722.Options(filter_k400, check, num_cores() if workers is None else workers, overwrite)
+    try:
+        with stages(stdout()) as watch:
+            built = kinetics722.build(out, start, folders, options, watch)
+    except KeyboardInterrupt:
+        if (out / kinetics722.REPORT).is_file():
+            say(f"the lists in {out} are whole; {kinetics722.REPORT} says how many files were opened")
+        raise
+    stdout().print(table(f"Kinetics-722 in {out}", kinetics722.COLUMNS, kinetics722.rows_of(built)))
+    for note in built.notes:
+        say(f"- {note}")
+    say(f"what the files are, and the same table: {out / kinetics722.REPORT}")
 
 
 @app.command("clips")
