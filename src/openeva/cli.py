@@ -313,6 +313,7 @@ def convert(
     ] = None,
     num_heads: Annotated[int | None, typer.Option(help="Heads, where the weights do not tell.", min=1)] = None,
     text_heads: Annotated[int | None, typer.Option(help="Of the text tower of a CLIP, likewise.", min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video model, likewise.", min=1)] = None,
 ) -> None:
     """Write weights in another layout and account for every tensor.
 
@@ -324,7 +325,7 @@ def convert(
     account = write(
         model_path(source), out, to,
         dtype=dtype, wrapper=wrapper, ema=ema, patch_size=patch_size, grid=grid,
-        num_heads=num_heads, text_heads=text_heads,
+        num_heads=num_heads, text_heads=text_heads, num_frames=num_frames,
     )  # fmt: skip
     for line in account.lines():
         say(line)

@@ -5,7 +5,7 @@ evaluation recipe (weights + evaluations that bring their images) -> `Classifier
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from openeva.engine.precision import Precision, PrecisionName
 from openeva.evals import retrieval, zeroshot
 from openeva.evals.base import Evaluation, check_fit, needs_of
 from openeva.evals.robustness import COLUMNS, Comparison, compare
+from openeva.evals.topk import TopK
 from openeva.heads.classifier import ImageClassifier, over_views
 from openeva.heads.clip import ClipModel
 from openeva.inference.classes import class_names
@@ -176,7 +177,7 @@ class Measurement:
     Attributes:
         weights: Name or address of the model.
         metrics: By name; accuracies are shares.
-        rows: The robustness table, beside the published numbers; empty where it was not asked for.
+        rows: The tables of robustness and of Kinetics, beside the published numbers; empty where not asked for.
         notes: What a reader should know.
         facts: Settings and machine, for the file.
         file: Where it is written as JSON; None in processes that do not write.
@@ -204,8 +205,8 @@ class Measurement:
         def shown(name: str) -> bool:
             if "zeroshot_" in name or "retrieval_" in name:
                 return bool(self.zero_shot if "zeroshot_" in name else self.recall)
-            of_robustness = name in {"mean", "gap"} or name.startswith(("imagenet_", "objectnet", "standard_"))
-            return bool(self.rows) and of_robustness
+            start = ("imagenet_", "objectnet", "standard_", *(f"{name}_" for name in KINETICS))
+            return bool(self.rows) and (name in {"mean", "gap"} or name.startswith(start))
 
         return {name: value for name, value in self.metrics.items() if not shown(name)}
 
@@ -391,6 +392,29 @@ def published_row(weights: str) -> dict[str, float]:
     return {} if entry is None else {name: accuracy.top1 for name, accuracy in entry.published.items()}
 
 
+KINETICS = {f"kinetics_{number}": f"Kinetics-{number}" for number in (722, 400, 600, 700)}
+"""Sets of videos that accuracies are published for, by the prefix of `topk` -> title."""
+
+
+def kinetics_rows(evals: Sequence[Evaluation], metrics: Record, published: Mapping[str, float]) -> list[Comparison]:
+    """Rows of the `topk` evaluations whose prefix names a set of Kinetics, such as `kinetics_400_`."""
+    rows = []
+    for one in evals:
+        if not isinstance(one, TopK) or (key := one.config.prefix.removesuffix("_")) not in KINETICS:
+            continue
+        views = one.config.views
+        title = KINETICS[key] + ("" if views is None else f", {views.num_clips} x {views.num_crops} views")
+        top1, top5 = (100 * metrics[f"{key}_{name}"] for name in ("top1", "top5"))
+        images, number, verdict = round(metrics[f"{key}_images"]), published.get(key), ""
+        if number is not None:
+            same = views is not None and (views.num_clips, views.num_crops) == (4, 3)
+            verdict = f"{round(top1 - number, 2) + 0.0:+.2f}; " + (
+                "published with clips drawn by chance" if same else "published with 4 x 3 views"
+            )
+        rows.append(Comparison(title, top1, top5, round(metrics[f"{key}_top1"] * images), images, number, verdict))
+    return rows
+
+
 def measure(recipe: EvaluationRecipe, console: Console | None = None) -> Measurement:
     """Do an evaluation recipe (collective under `torchrun`), and write its results.
 
@@ -465,7 +489,9 @@ def _finished(
     released = "" if Path(weights).is_dir() else weights  # the folder of a run may be called like released weights
     accuracies, recalls = published_zero_shot(released), published_retrieval(released)
     done = Measurement(
-        weights, metrics, compare(metrics, published_row(released)), notes, facts, file,
+        weights, metrics,
+        [*compare(metrics, published_row(released)), *kinetics_rows(evals, metrics, published_row(released))],
+        notes, facts, file,
         [row for one in evals if isinstance(one, zeroshot.ZeroShot) for row in one.rows(metrics, accuracies)],
         [row for one in evals if isinstance(one, retrieval.Retrieval) for row in one.rows(metrics, recalls)],
     )  # fmt: skip

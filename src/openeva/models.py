@@ -332,7 +332,9 @@ def _origin(address: str, weights: Weights) -> Origin:
     elif weights.config and "converted_from" not in weights.config:  # of a run that did not record it
         crop = DataConfig.model_fields["val_crop"].default
     elif weights.entry is not None:
-        facts = {"crop_pct": weights.entry.crop_pct, "interpolation": weights.entry.interpolation}
+        facts: dict[str, Any] = {"crop_pct": weights.entry.crop_pct, "interpolation": weights.entry.interpolation}
+        if weights.entry.kind == "video":
+            facts["antialias"] = False
         crop = crop.model_copy(update=facts)
     return Origin(address, weights.entry, weights.config, crop)
 

@@ -24,7 +24,7 @@ from e2e.imagenet_sets import V2_FOLDER, Colours, write_sets
 from e2e.videos import write_video
 from openeva.backbones.base import Backbone, Features
 from openeva.config import ComponentConfig, component_config, dump_yaml, parse_yaml, validate
-from openeva.data.decode import decode, to_rgb
+from openeva.data.batches import pixels_of_sample
 from openeva.data.loader import DataConfig, EvalLoader, TrainLoader
 from openeva.data.sources.base import Source, SourceConfig, StreamSource
 from openeva.evals.base import Evaluation, needs_of
@@ -104,12 +104,20 @@ def _clip_benchmark(folder: Path) -> dict[str, Any]:
     return {**_eurosat(folder), "dataset": "eurosat"}
 
 
-def _videos(folder: Path) -> dict[str, Any]:
-    for number in range(4):
+def _videos(folder: Path, num_videos: int = 4) -> dict[str, Any]:
+    for number in range(num_videos):
         path = folder / f"class{number % 2}" / f"{number}.mp4"
         path.parent.mkdir(exist_ok=True)
-        write_video(path, [60 * number + frame for frame in range(9)])
+        write_video(path, [20 * number + frame for frame in range(9)])
     return {"root": folder}
+
+
+def _listed_videos(folder: Path) -> dict[str, Any]:
+    _videos(folder)
+    file = folder / "list.txt"
+    paths = sorted(folder.rglob("*.mp4"))
+    file.write_text("".join(f"{path.relative_to(folder)} {number % 2}\n" for number, path in enumerate(paths)))
+    return {"file": file}
 
 
 SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
@@ -126,12 +134,14 @@ SMALL: dict[tuple[str, str], dict[str, Any] | Callable[[Path], dict[str, Any]]] 
     },
     ("task", "classify"): {"backbone": VIT, "num_classes": 8},
     ("task", "clip"): CLIP,
+    ("task", "video"): {"backbone": {**VIT, "num_frames": 4, "tubelet": 2}, "num_classes": 8},
     ("task", "clip+sigmoid loss"): {**CLIP, "loss": "sigmoid"},
     ("eval", "linear_probe"): {"folds": 2, "max_iterations": 20},
     ("eval", "robustness"): lambda folder: {"roots": write_sets(folder), "allow_incomplete": True, "num_workers": 0},
     ("source", "clip_benchmark"): _clip_benchmark,
     ("source", "torchvision"): lambda folder: {**_eurosat(folder), "dataset": "EuroSAT"},
     ("source", "video_folder"): _videos,
+    ("source", "video_list"): _listed_videos,
     ("source", "captions"): _captioned_images,
     ("source", "captions+texts beside images"): _texts_beside_images,
     ("source", "huggingface"): _saved_data_set,
@@ -334,7 +344,7 @@ def test_a_source_reads_images_by_number_in_any_process(name: str, tmp_path: Pat
         sample = source.read(index)
         assert sample.name
         assert -1 <= sample.label < max(source.num_classes, 1)
-        pixels = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
+        pixels = pixels_of_sample(sample)
         assert pixels.dtype == np.uint8
         assert pixels.ndim == 3
         assert pixels.shape[2] == 3
@@ -367,8 +377,23 @@ def task(name: str, tmp_path: Path) -> Task:
     return small_config("task", name, tmp_path).build()
 
 
-def micro_batches(task: Task, number: int) -> list[dict[str, Any]]:
-    data, crop = scenes(4 * number)
+@pytest.fixture
+def samples(task: Task, tmp_path: Path) -> Callable[[int], Any]:
+    """What the task sees, so many of them, and a crop."""
+    if task.view_spec(train=True).clip is None:
+        return scenes
+
+    def videos(number: int) -> Any:
+        (tmp_path / "videos").mkdir()
+        source = {"name": "video_folder", **_videos(tmp_path / "videos", number)}
+        data = DataConfig.model_validate({"train": [source]})
+        return data.open()[0], data.crop
+
+    return videos
+
+
+def micro_batches(task: Task, samples: Callable[[int], Any], number: int) -> list[dict[str, Any]]:
+    data, crop = samples(4 * number)
     loader = TrainLoader(data, task.view_spec(train=True), crop, batch_size=4, accumulation=number)
     return next(iter(loader.batches(0)))
 
@@ -378,9 +403,9 @@ def gradients(task: Task) -> dict[str, Tensor]:
 
 
 @names("task")
-def test_a_task_learns_only_with_its_trainable_part(task: Task) -> None:
+def test_a_task_learns_only_with_its_trainable_part(task: Task, samples: Callable[[int], Any]) -> None:
     task.train()
-    loss, scalars = task(micro_batches(task, 1)[0])
+    loss, scalars = task(micro_batches(task, samples, 1)[0])
     assert loss.shape == ()
     assert torch.isfinite(loss)
     assert not any(value.requires_grad for value in scalars.values())
@@ -391,9 +416,11 @@ def test_a_task_learns_only_with_its_trainable_part(task: Task) -> None:
 
 
 @names("task")
-def test_micro_batches_of_a_task_are_one_batch_or_have_the_gradient_of_their_mean_loss(task: Task) -> None:
+def test_micro_batches_of_a_task_are_one_batch_or_have_the_gradient_of_their_mean_loss(
+    task: Task, samples: Callable[[int], Any]
+) -> None:
     task.eval()  # no stochastic depth
-    batches = micro_batches(task, 2)
+    batches = micro_batches(task, samples, 2)
     parts = [joined(batches)] if task.joint_loss else batches
     losses = []
     for batch in parts:
@@ -421,8 +448,8 @@ def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @names("task")
-def test_a_task_can_be_measured_and_recorded(task: Task) -> None:
-    data, crop = scenes(6)
+def test_a_task_can_be_measured_and_recorded(task: Task, samples: Callable[[int], Any]) -> None:
+    data, crop = samples(6)
     task.eval()
     loader = EvalLoader(data, task.view_spec(train=False), crop, batch_size=4)
     first, second = task.evaluate(loader), task.evaluate(loader)

@@ -15,6 +15,7 @@ from openeva.checkpoints.published_clip import published_zero_shot
 from openeva.config import ConfigError, validate
 from openeva.data.sources import clip_benchmark, torchvision, video_folder
 from openeva.data.sources.torchvision import benchmark_name
+from openeva.data.video import Video
 
 
 def grey(image: Image.Image) -> float:
@@ -67,7 +68,7 @@ def test_folders_are_classes(videos: Path) -> None:
     assert source.labels().tolist() == [0, 2, 2]
     sample = source.read(1)
     assert (sample.label, sample.name) == (2, str(videos / "yoga" / "a.MP4"))
-    assert grey(sample.image) == pytest.approx(120, abs=3)
+    assert grey(sample.image.middle()) == pytest.approx(120, abs=3)
     listed = of_videos(videos, list_file=videos / "ucfTrainTestlist" / "testlist01.txt")
     assert [listed.name_of(number) for number in range(len(listed))] == [
         str(videos / "yoga" / "b.avi"), str(videos / "Archery" / "c.avi"),

@@ -5,6 +5,7 @@ source -> `read_weights` -> openeva's names -> resized if asked -> names and fil
 A file that becomes an openeva folder and is converted back is the same again, bit for bit: see `original.py`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from openeva.checkpoints.detect import (
     GATED,
     INDEX_BUFFER,
     file_style,
+    grid_of_clips,
     infer_grid,
     infer_vit_config,
     prediction_width,
@@ -35,7 +37,7 @@ from openeva.checkpoints.load import (
 from openeva.checkpoints.native import save_native
 from openeva.checkpoints.official import rope_buffers
 from openeva.checkpoints.original import ORIGINAL_FILE, Outline, outline_of, read_outline, restore
-from openeva.checkpoints.resize import NUM_CLS_ROWS, Grid
+from openeva.checkpoints.resize import NUM_CLS_ROWS, AnyGrid
 from openeva.checkpoints.timm import to_timm
 
 To = Literal["openeva", "official", "timm", "open_clip"]
@@ -52,9 +54,10 @@ def convert(
     wrapper: Wrapper | None = None,
     ema: bool | None = None,
     patch_size: int | None = None,
-    grid: Grid | None = None,
+    grid: AnyGrid | None = None,
     num_heads: int | None = None,
     text_heads: int | None = None,
+    num_frames: int | None = None,
 ) -> LoadReport:
     """Write the weights of `source` in another layout. Without `dtype` and resizing, every tensor keeps its bits.
 
@@ -70,6 +73,7 @@ def convert(
         grid: Resize all positions to this grid (rows, columns).
         num_heads: Heads, for the config of an openeva folder, where the weights do not tell.
         text_heads: Heads of a CLIP's text tower, likewise.
+        num_frames: Frames of a model of clips, likewise.
 
     Raises:
         FileNotFoundError: Nothing at `source`.
@@ -78,7 +82,11 @@ def convert(
     weights = _read_known(source, ema)
     report = LoadReport(str(source), weights.described)
     state_dict, dropped = drop_index_buffers(weights.state_dict)
-    from_grid = weights.grid or infer_grid(state_dict)
+    from_grid = grid_of_clips(state_dict, num_frames) or weights.grid or infer_grid(state_dict)
+    if to in {"timm", "open_clip"} and state_dict[PATCH_KERNEL].ndim == 5:
+        raise ValueError(f"{source} is a model of clips, which {to} has none of; convert it to openeva or official")
+    if grid is not None and from_grid is not None:
+        grid = (*from_grid[:-2], *grid)
     to_grid = grid or from_grid
     wanted = _resized_shapes(state_dict, patch_size, grid)
     state_dict = adapt(state_dict, wanted, report, grid=to_grid, source_grid=from_grid)
@@ -147,17 +155,17 @@ def _restored(source: Path, out: Path, to: To, state_dict: Mapping[str, Tensor])
     return outline
 
 
-def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, grid: Grid | None) -> StateDict:
+def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, grid: AnyGrid | None) -> StateDict:
     """Empty tensors in the shapes that the weights have after resizing."""
     shapes = {key: list(tensor.shape) for key, tensor in state_dict.items()}
     if patch_size is not None:
         shapes[PATCH_KERNEL][-2:] = [patch_size, patch_size]
     if grid is not None:
         rows = {
-            "pos_embed": 1 + grid[0] * grid[1],
-            "relative_position_bias_table": (2 * grid[0] - 1) * (2 * grid[1] - 1) + NUM_CLS_ROWS,
-            "relative_position_bias_for_high": 2 * grid[0] - 1 + NUM_CLS_ROWS,
-            "relative_position_bias_for_width": 2 * grid[1] - 1 + NUM_CLS_ROWS,
+            "pos_embed": 1 + math.prod(grid),
+            "relative_position_bias_table": (2 * grid[-2] - 1) * (2 * grid[-1] - 1) + NUM_CLS_ROWS,
+            "relative_position_bias_for_high": 2 * grid[-2] - 1 + NUM_CLS_ROWS,
+            "relative_position_bias_for_width": 2 * grid[-1] - 1 + NUM_CLS_ROWS,
         }
         for key, shape in shapes.items():
             if key.startswith("backbone.") and (table := key.rsplit(".", 1)[-1]) in rows:
@@ -168,7 +176,7 @@ def _resized_shapes(state_dict: Mapping[str, Tensor], patch_size: int | None, gr
 def _native_config(
     weights: Weights,
     state_dict: Mapping[str, Tensor],
-    grid: Grid | None,
+    grid: AnyGrid | None,
     heads: tuple[int | None, int | None],
     outline: Outline | None,
 ) -> dict[str, Any]:
@@ -193,7 +201,7 @@ def _native_config(
 
 
 def _backbone_config(
-    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+    weights: Weights, state_dict: Mapping[str, Tensor], grid: AnyGrid | None, num_heads: int | None
 ) -> dict[str, Any]:
     """What an openeva source records about its transformer, in the new size; else what shapes and tables tell."""
     task: Any = weights.config.get("task") or {}
@@ -216,7 +224,7 @@ def _file_name(weights: Weights) -> str:
 
 
 def _rope_tables(
-    weights: Weights, state_dict: Mapping[str, Tensor], grid: Grid | None, num_heads: int | None
+    weights: Weights, state_dict: Mapping[str, Tensor], grid: AnyGrid | None, num_heads: int | None
 ) -> StateDict:
     """Of EVA-02, whose official loader wants them in the file."""
     if GATED not in state_dict:

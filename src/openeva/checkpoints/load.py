@@ -172,7 +172,10 @@ def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
     if entry is not None and entry.kind == "clip":  # a tower alone, whose names do not tell what its head is
         state_dict = as_projection(state_dict)
         layout = layout_of(state_dict, layout.names)
-    return Weights(state_dict, layout, path, native_grid(config), config, file, entry, moved)
+    grid = native_grid(config)
+    if grid is None and entry is not None:
+        grid = grid_of_clips(state_dict, entry.overrides.get("num_frames"))
+    return Weights(state_dict, layout, path, grid, config, file, entry, moved)
 
 
 def described_backbone(

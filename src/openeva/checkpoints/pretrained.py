@@ -7,10 +7,10 @@ A name is the stem of the official file ("eva_21k_1k_336px_psz14_ema_89p6"), tim
 own repository, or open_clip's "name:tag" ("EVA02-B-16:merged2b_s8b_b131k"). What no source says is None or left out,
 not guessed. The rows of EVA-CLIP are in `released_clip.py`.
 
-Source: specs of EVA-01 (sections 1.1, 6 and 7: recipes and published accuracies) and EVA-02 (sections 4.1, 4.6, 4.7 and
-5.3), comments and registry of timm 1.0.31. timm differs in three facts, kept as the official code has them here:
-statistics of the two `m30m` models (timm: ImageNet's), `crop_pct` of EVA-CLIP 224 and of the pre-trained ones (timm:
-0.9), and images that timm squashes into a square for some tags.
+Source: specs of EVA-01 (sections 1.1, 6 and 7: recipes and published accuracies), of video (sections 2.1 and 5) and of
+EVA-02 (sections 4.1, 4.6, 4.7 and 5.3), comments and registry of timm 1.0.31. timm differs in three facts, kept as the
+official code has them here: statistics of the two `m30m` models (timm: ImageNet's), `crop_pct` of EVA-CLIP 224 and of
+the pre-trained ones (timm: 0.9), and images that timm squashes into a square for some tags.
 """
 
 import os
@@ -139,6 +139,25 @@ _EVA_01 = (
 )  # fmt: skip
 
 
+def _video(num_classes: int, num_frames: int, num_parameters: int, top1: float, top5: float) -> PretrainedWeights:
+    name = f"eva_video_k{num_classes}"
+    data = "Kinetics-722" if num_classes == 722 else f"Kinetics-722, Kinetics-{num_classes}"
+    return PretrainedWeights(
+        name, "video", "eva_g_14", 224, num_parameters, f"{MERGED_30M}, {data}", OPENAI_L, f"{name}.pth",
+        overrides={"num_frames": num_frames}, num_classes=num_classes, pooling="mean", statistics="imagenet",
+        crop_pct=0.875, interpolation="bilinear", published={f"kinetics_{num_classes}": Accuracy(top1, top5)},
+    )  # fmt: skip
+
+
+_VIDEO = (
+    _video(722, 8, 1_014_686_546, 84.875, 96.828),
+    _video(400, 16, 1_017_116_432, 89.686, 98.264),
+    _video(600, 16, 1_017_398_232, 89.808, 98.398),
+    _video(700, 16, 1_017_539_132, 82.892, 96.146),
+)
+"""The numbers are those of the logs, of the best epoch by the very videos; the file names were not seen."""
+
+
 def _mim_02(size: str, num_parameters: int, data: str, *, patch: str = "p14", **facts: Any) -> PretrainedWeights:
     name = f"eva02_{size}_pt_{_SHORT[data]}_{patch}"
     return _mim(
@@ -206,7 +225,7 @@ _EVA_02 = (
     ),
 )  # fmt: skip
 
-PRETRAINED: dict[str, PretrainedWeights] = {entry.name: entry for entry in (*_EVA_01, *_EVA_02, *CLIPS)}
+PRETRAINED: dict[str, PretrainedWeights] = {entry.name: entry for entry in (*_EVA_01, *_VIDEO, *_EVA_02, *CLIPS)}
 """All of them, by the stem of the official file."""
 
 TIMM: dict[str, str] = {tag: entry.name for entry in PRETRAINED.values() for tag in entry.timm}

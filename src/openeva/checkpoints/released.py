@@ -7,8 +7,9 @@ from typing import Any, Literal
 EVA = "BAAI/EVA"
 LAION = "LAION-400M"
 
-Kind = Literal["mim", "in21k", "in1k", "probe", "clip"]
-"""What the weights are: pre-trained; fine-tuned on ImageNet-21K or -1K; a linear probe; a CLIP or its image tower."""
+Kind = Literal["mim", "in21k", "in1k", "probe", "clip", "video"]
+"""What the weights are: pre-trained; fine-tuned on ImageNet-21K or -1K; a linear probe; a CLIP or its image tower; a
+classifier of videos."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Accuracy:
 
 Published = Mapping[str, Accuracy]
 """Benchmark -> accuracy. Benchmarks: imagenet_1k, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch,
-objectnet."""
+objectnet; of videos kinetics_722, kinetics_400, kinetics_600, kinetics_700."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class PretrainedWeights:
         pooling: In front of the classifier; None without one.
         batch_norm: A batch norm stands in front of the linear layer.
         averaged: The published accuracy is that of the averaged weights, under `model_ema` where a file has both.
-        published: Accuracies by benchmark, of the official README or log; those of a CLIP are zero-shot.
+        published: Accuracies by benchmark, of the official README or log; those of a CLIP are zero-shot, those of
+            videos are of 4 clips x 3 crops.
         statistics: Mean and deviation of the input, by name.
         crop_pct: Share of the resized shorter side that the evaluation crop keeps.
         interpolation: Of the evaluation.
@@ -105,4 +107,5 @@ class PretrainedWeights:
             "in1k": "IN-1K",
             "probe": "IN-1K probe",
             "clip": "CLIP tower",
+            "video": "video actions",
         }[self.kind]

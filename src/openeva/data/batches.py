@@ -167,7 +167,7 @@ def pixels_of_sample(sample: Sample) -> RGB:
         OSError: It cannot be decoded.
     """
     if isinstance(sample.image, Video):
-        return np.asarray(sample.image.middle())
+        return np.array(sample.image.middle())
     return decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
 
 

@@ -14,6 +14,7 @@ decoder that cannot skip).
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -85,22 +86,25 @@ def decoder_problem(decoder: Decoder) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
 class Video:
     """A video as it lies on disk or in a shard: can be sent to workers, holds no open file.
 
-    Args:
+    Attributes:
         data: Its path, or its encoded bytes.
         name: For messages; the path when left out.
         decoder: What reads it. PyAV needs nothing else; torchcodec needs FFmpeg's libraries.
         threads: Of decoding; workers take one each. 0 = one per core.
     """
 
-    def __init__(self, data: Path | bytes, name: str = "", decoder: Decoder = "pyav", threads: int = 1) -> None:
-        self.data, self.name = data, name or (str(data) if isinstance(data, Path) else "video")
-        self.decoder, self.threads = decoder, threads
+    data: Path | bytes = field(repr=False)
+    name: str = ""
+    decoder: Decoder = "pyav"
+    threads: int = 1
 
-    def __repr__(self) -> str:
-        return f"Video({self.name!r})"
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", str(self.data) if isinstance(self.data, Path) else "video")
 
     @contextmanager
     def opened(self) -> Iterator[OpenVideo]:
@@ -158,9 +162,8 @@ class _PyAvVideo(_Timed):
         self._container, self._name = container, video.name
         streams = [s for s in container.streams.video if not _is_cover(s)]
         if not streams:
-            raise VideoError(
-                "it has no moving pictures" + (", only sound" if container.streams.audio else ""), self._name
-            )
+            sound = ", only sound" if container.streams.audio else ""
+            raise VideoError(f"it has no moving pictures{sound}", self._name)
         self._stream = streams[0]
         self._stream.codec_context.thread_count = video.threads
         self._one_by_one = video.threads == 1  # threads decode ahead of what can be said of each packet
@@ -169,13 +172,25 @@ class _PyAvVideo(_Timed):
         self._pts, self._keys, self._key_dts = self._table()
         if not len(self._pts):
             raise VideoError("it has no frames", self._name)
-        declared = self._stream.frames
-        if len(self._pts) < declared - max(2, MISSING_SHARE * declared):
-            raise VideoError(f"it is cut off: {len(self._pts):,} of {declared:,} frames are there", self._name)
         base = float(self._stream.time_base or 0)
         self.times = (self._pts - self._pts[0]) * base
         last = float(np.median(np.diff(self.times))) if len(self.times) > 1 else 0.0
         self.duration = float(self.times[-1]) + last
+        self._check_whole(base)
+
+    def _check_whole(self, base: float) -> None:
+        """Whether the file holds what its header says; the frames of some formats are slots, so their time counts.
+
+        Raises:
+            VideoError: It was cut off.
+        """
+        found, declared = len(self._pts), self._stream.frames
+        if "mp4" in self._container.format.name:
+            if found < declared - max(2, MISSING_SHARE * declared):
+                raise VideoError(f"it is cut off: {found:,} of {declared:,} frames are there", self._name)
+        elif found > 1 and self._stream.duration is not None and self.duration < 0.9 * self._stream.duration * base:
+            whole = self._stream.duration * base
+            raise VideoError(f"it is cut off: {self.duration:.1f} of {whole:.1f} seconds are there", self._name)
 
     def _table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Times of all frames as shown, of the key frames, and where to seek for them, in the stream's unit."""
