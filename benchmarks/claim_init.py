@@ -189,12 +189,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {
         "what": "claim_init", "data": args.data, "environment": environment(torch.device("cpu")), "seeds": args.seeds,
         "overrides": args.overrides, "main": main,
-        "groups": {group.name: _numbers(group, groups[0]) for group in groups}, "probes": probed,
+        "groups": {group.name: numbers_of(group, groups[0]) for group in groups}, "probes": probed,
         "costs": costs(starts, groups),
     }  # fmt: skip
 
 
-def _numbers(group: Group, first: Group) -> dict[str, Any]:
+def numbers_of(group: Group, first: Group) -> dict[str, Any]:
     """Curves of every seed, final values, and the samples until the first group's final value."""
     found: dict[str, Any] = {}
     for metric in sorted(group.metrics()):

@@ -228,7 +228,8 @@ def main() -> None:
     device = torch.device(args.device)
     if args.memory_of:
         before = resident_gib()
-        step = make_step(args.memory_of, TINY if args.tiny else CPU_MODEL, args.batch, Precision(args.precisions[0], device))
+        backbone, precision = TINY if args.tiny else CPU_MODEL, Precision(args.precisions[0], device)
+        step = make_step(args.memory_of, backbone, args.batch, precision)
         for _ in range(2):
             step()
         print(resident_gib() - before)

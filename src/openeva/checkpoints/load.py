@@ -469,7 +469,7 @@ def _resize_table(key: str, table: Tensor, given: AnyGrid, grid: AnyGrid) -> Ten
     if key == POSITIONS:
         return resize_position_embedding(table, given, grid)
     if key.endswith("bias_table"):
-        return resize_relative_position_table(table, given, grid)
+        return resize_relative_position_table(table, (given[-2], given[-1]), (grid[-2], grid[-1]))
     axis = 0 if key.endswith("high") else 1
     return resize_decoupled_relative_position_table(table, given[axis], grid[axis])
 

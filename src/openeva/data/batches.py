@@ -136,7 +136,8 @@ class BatchMaker:
         if clip.num_crops > 1:  # crop by crop, then clip by clip
             view_VTCYX = self.crop.three_cuts(frames_TYXC, self.spec.image_size).flatten(0, 1)
             return view_VTCYX.unflatten(0, clip.shape)
-        crop = self.crop.draw(*frames_TYXC.shape[1:3], rng, self.spec.image_size)
+        height, width = frames_TYXC.shape[1:3]
+        crop = self.crop.draw(height, width, rng, self.spec.image_size)
         view_TCYX = self.crop.cut(frames_TYXC, crop, self.spec.image_size)
         if self.crop.color_jitter or self.crop.grey_prob:
             jittered = self.crop.jitter(view_TCYX.movedim(-3, -1).numpy(), rng)

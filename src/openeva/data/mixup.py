@@ -109,7 +109,8 @@ class Mixup:
         share = float(Beta(alpha, alpha).sample())
         if not cut:
             return torch.lerp(partners(image_BCYX, order_B), image_BCYX, share), share
-        return cut_and_paste(image_BCYX, partners(image_BCYX, order_B), cutmix_box(*image_BCYX.shape[-2:], share))
+        height, width = image_BCYX.shape[-2:]
+        return cut_and_paste(image_BCYX, partners(image_BCYX, order_B), cutmix_box(height, width, share))
 
 
 def partners(batch: Shaped[Tensor, "B *rest"], order_B: Int[Tensor, "B"] | None) -> Shaped[Tensor, "B *rest"]:

@@ -12,6 +12,7 @@ decoder that cannot skip).
 """
 
 import io
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -238,23 +239,20 @@ class _PyAvVideo(_Timed):
 
         reformatter, lost = VideoReformatter(), 0
         for first, group in self._groups(wanted):
-            shown, left = None, iter(group)
-            target = next(left)
+            waiting, shown = deque(group), None
             for frame in self._from_key_frame(first, set(group)):
-                while target is not None and frame.pts is not None and frame.pts >= target:
-                    if frame.pts > target:  # the frame itself is damaged: what is on screen then, else what comes next
-                        lost += 1
-                    yield _upright_rgb(frame if frame.pts == target or shown is None else shown, reformatter)
-                    target = next(left, None)
-                if target is None:
+                while waiting and frame.pts is not None and frame.pts >= waiting[0]:
+                    exact = frame.pts == waiting.popleft()
+                    lost += not exact  # it is damaged: what is on screen then, or else what comes next
+                    yield _upright_rgb(frame if exact or shown is None else shown, reformatter)
+                if not waiting:
                     break
                 shown = frame
-            while target is not None:  # the end is damaged
+            if waiting and shown is None:
+                raise VideoError("its frames cannot be decoded", self._name)
+            for _ in waiting:  # the end is damaged
                 lost += 1
-                if shown is None:
-                    raise VideoError("its frames cannot be decoded", self._name)
                 yield _upright_rgb(shown, reformatter)
-                target = next(left, None)
         if lost > LOST_SHARE * len(wanted):
             raise VideoError(f"{lost} of {len(wanted)} frames cannot be decoded", self._name)
 

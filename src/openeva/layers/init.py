@@ -58,7 +58,7 @@ def xavier_normal_blocks_(blocks: Sequence[Block], *, split: bool) -> None:
         xavier_normal_(block.mlp.last, (factor,))
 
 
-def init_patches_(kernel: nn.Conv2d) -> None:
+def init_patches_(kernel: nn.Conv2d | nn.Conv3d) -> None:
     """Fill the patch kernel, seen as one matrix, with Xavier-uniform values; its bias stays PyTorch's."""
     kernel.reset_parameters()
     nn.init.xavier_uniform_(kernel.weight.flatten(1))

@@ -112,6 +112,7 @@ class VideoTask(ClassifyTask):
 
     def view_spec(self, *, train: bool) -> ViewSpec:
         """Clips of the backbone's size; in training a frame of each segment by chance."""
-        num_frames = self.config.backbone.num_frames
+        num_frames = self.backbone.num_frames
+        assert num_frames is not None
         clip = ClipSpec(num_frames, "random") if train else self.config.views.spec(num_frames)
         return replace(super().view_spec(train=train), clip=clip)
