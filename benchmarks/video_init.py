@@ -1,0 +1,138 @@
+"""Does a video model that starts from an EVA of pictures learn actions from fewer clips than one from scratch?
+
+Clips are written as h264 files by `openeva data clips` and decoded in training. For each seed the same small model sees
+the same clips in the same order, from scratch and from EVA (`pretrain/claim_init`: pictures alone, the demo's teacher).
+The actions come in opposite pairs (left and right, grow and shrink, ...) that no single frame tells apart: with its
+frames shuffled, a model that uses time can only guess between the two. Writes an HTML report and JSON with every value;
+what is there already is used again, so that the same command goes on after a stop.
+
+    python benchmarks/video_init.py --json benchmarks/results/video_init_cpu.json
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from claim_init import costs, numbers_of
+from openeva.checkpoints.native import is_complete
+from openeva.config import load_config
+from openeva.data import motion_clips
+from openeva.data.clips import ViewsConfig
+from openeva.engine.hardware import environment
+from openeva.evaluate import open_run
+from openeva.report import Group, Row, Table, print_tables, write_comparison
+from openeva.report.page import read_facts
+from openeva.train import Recipe, train
+
+SCRATCH, EVA = "from scratch", "from EVA"
+OPPOSITE = {
+    "move_left": "move_right", "move_up": "move_down", "grow": "shrink", "appear": "disappear",
+}  # fmt: skip
+ACTIONS = [action for pair in OPPOSITE.items() for action in pair]
+MAIN = ["top1", "held_out_loss", "shuffled_top1"]
+
+
+def run(recipe: str, out: Path, overrides: list[str], console: Console) -> Path:
+    """A finished run's folder; trains it where it is not there."""
+    if not is_complete(out / "model"):
+        console.rule(out.name)
+        if train(load_config(Recipe, recipe, [*overrides, f"run.out={out}"]), console=console).status == "stopped":
+            raise KeyboardInterrupt
+    return out
+
+
+@torch.no_grad()
+def direction(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Share of held-out clips whose right one of two opposite actions is the likelier, by pair, in order and shuffled."""
+    opened = open_run(run_folder)
+    task, found = opened.task, {}
+    names = task.class_names
+    other = {names.index(a): names.index(b) for pair in OPPOSITE.items() for a, b in (pair, pair[::-1])}
+    pair_of = {names.index(action): f"{a} or {b}" for a, b in OPPOSITE.items() for action in (a, b)}
+    for order in ("in order", "shuffled"):
+        clip = ViewsConfig(shuffled=order == "shuffled").spec(task.backbone.num_frames)
+        right: dict[str, list[bool]] = {}
+        for batch in opened.held_out["val"].seen_as(replace(task.view_spec(train=False), clip=clip)):
+            logits_BV = task.logits(batch["image"])
+            for logits_V, label in zip(logits_BV, batch["label"].tolist(), strict=True):
+                right.setdefault(pair_of[label], []).append(bool(logits_V[label] > logits_V[other[label]]))
+        found[order] = {pair: float(np.mean(values)) for pair, values in right.items()}
+        found[order]["all pairs"] = float(np.mean([value for values in right.values() for value in values]))
+    return found
+
+
+def directions_table(measured: dict[str, list[dict[str, dict[str, float]]]]) -> Table:
+    pairs = list(next(iter(measured.values()))[0]["in order"])
+    rows = [
+        Row(
+            name=f"{name}, frames {order}",
+            values=[float(np.mean([seed[order][pair] for seed in seeds])) for pair in pairs],
+        )
+        for name, seeds in measured.items()
+        for order in ("in order", "shuffled")
+    ]
+    return Table(
+        title="Which of two opposite actions: mean of the seeds", columns=pairs, rows=rows,
+        note="Guessing is right half of the time. With shuffled frames nothing else is possible.",
+    )  # fmt: skip
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    folder = Path(args.out)
+    options = motion_clips.Options(num=args.clips, frames=16, size=64, actions=tuple(ACTIONS))
+    motion_clips.build(folder / "clips", options, num_workers=1)
+    data = [f"data.{part}.0.{key}={folder / 'clips' / file}" for part in ("train", "val")
+            for key, file in (("file", f"{part}.txt"), ("labels", "labels.csv"))]  # fmt: skip
+    eva = run("pretrain/claim_init", folder / "eva", args.pretrain, console)
+    starts = {SCRATCH: [], EVA: [f"task.init_from={eva}"]}
+    runs = {
+        name: [
+            run("video/motion", folder / f"{name.replace(' ', '_')}-{seed}",
+                [*data, f"run.seed={seed}", *start, *args.overrides], console)
+            for seed in args.seeds
+        ]
+        for name, start in starts.items()
+    }  # fmt: skip
+    groups = [Group(name, [read_facts(one) for one in them]) for name, them in runs.items()]
+    measured = {name: [direction(one) for one in them] for name, them in runs.items()}
+    table = directions_table(measured)
+    intro = (
+        f"The same small video model on the same {args.clips:,} clips (a fifth held out), decoded from h264 files: from"
+        " scratch, and from an EVA that was pre-trained on pictures. Chance is one in eight. The samples and FLOPs of"
+        " the pre-training are not in the curves; they are in the JSON file."
+    )
+    tables = write_comparison(
+        groups, folder / "report.html", title="Starting a video model from EVA", intro=intro, main=MAIN, more=[table]
+    )
+    print_tables([*tables, table], console)
+    console.print(f"report: {folder / 'report.html'}")
+    return {
+        "what": "video_init", "clips": args.clips, "actions": ACTIONS, "environment": environment(torch.device("cpu")),
+        "seeds": args.seeds, "overrides": args.overrides, "main": MAIN,
+        "groups": {group.name: numbers_of(group, groups[0]) for group in groups},
+        "directions": measured, "costs": costs({"EVA": eva}, groups),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=5000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/video_init", help="folder of the clips, the runs and the report")
+    parser.add_argument("--pretrain", nargs="+", default=[], help="changes to pretrain/claim_init")
+    parser.add_argument("--json", type=Path, help="file of results")
+    parser.add_argument("overrides", nargs="*", help="changes to video/motion, such as 'run.length=3200 samples'")
+    args = parser.parse_args()
+    record = measure(args, Console())
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
