@@ -22,7 +22,10 @@ app = typer.Typer(rich_markup_mode="rich")
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders, patterns or URLs.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Files, folders, patterns or URLs; videos for a video model."),
+    ],
     weights: Annotated[str, typer.Option(help="Official name, run, model folder or weight file.")],
     text: Annotated[
         list[str] | None, typer.Option(help="What may be seen, for a CLIP; several are ranked.", show_default=False)
@@ -35,14 +38,17 @@ def predict(
             show_default="texts as they are",
         ),
     ] = None,
-    topk: Annotated[int | None, typer.Option(help="Classes per image.", min=1, show_default="5, or 10 texts")] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="Classes per image or action.", min=1, show_default="5, or 10 texts")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table, a row per class.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="File for JSON or CSV, whichever it ends in.", show_default="standard output")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw where the model looks: to a file, or a folder for several images.")
+        Path | None,
+        typer.Option(help="Draw where the model looks: to a file, or a folder for several images. Of a video, frames."),
     ] = None,
     kind: Annotated[
         Literal["attention", "relevance"] | None,
@@ -50,28 +56,44 @@ def predict(
             "--map", help="What the picture shows.", show_default="relevance for mean pooling and texts, else attention"
         ),
     ] = None,
-    features: Annotated[Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Write embeddings to a .npz or .parquet file, of videos one per window.")
+    ] = None,
     patches: Annotated[bool, typer.Option("--patches", help="With one vector per patch, for --features.")] = False,
     layers: Annotated[
         str | None, typer.Option(help="With the output of blocks such as 3,6,-1, for --features.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds of a video that are answered as one clip.", show_default="10")
+    ] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips per window, averaged.", min=1, show_default="1")] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="1 = centre, 3 = left, middle, right too, averaged.", show_default="1")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Let a model of images look at so many frames of each window.", min=1, show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images, or frames of clips, per forward pass.", min=1)] = 32,
     image_size: Annotated[
         int | None, typer.Option(help="Pixels to look at.", min=1, show_default="the weights' own")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the forward pass.")] = "auto",
 ) -> None:
-    """Name what is in images, show where the model looks, write embeddings.
+    """Name what is in images or videos, show where the model looks, write embeddings.
 
     A classifier knows its classes; a CLIP tells apart what you write: --text "a photo of a cat" --text "a drawing".
-    Broken images are named and skipped; exit status 1 says that there were some.
+    A video model sees videos and names actions with their times; a model of images sees --frames of them.
+    Broken images and videos are named and skipped; exit status 1 says that there were some.
     """
     from openeva.engine.log import counting
-    from openeva.inference import Predictor, find_images, output
+    from openeva.inference import Predictor, Windows, output
+    from openeva.inference.inputs import Media
     from openeva.inference.texts import read_texts
 
-    job = output.Job(list(find_images(images)), features, picture, kind, patches=patches, layers=layers or "")
+    windows = Windows.asked(seconds=window, num_clips=clips, num_crops=crops, num_frames=frames)
+    job = output.Job(Media(images), features, picture, kind, patches=patches, layers=layers or "", windows=windows)
     written_as = output.format_of(out, json=json, csv=csv)
     named = [*(text or []), *(read_texts(texts) if texts else [])]
     predictor = Predictor(
@@ -81,24 +103,24 @@ def predict(
     report = getattr(predictor.model, "load_report", None)
     for line in report.lines() if report else ():
         say(line, error=True, style="dim")
+    job.choose(predictor)
     failed = 0
-    with counting(Console(stderr=True), "images", len(job.images)) as progress:
+    with counting(Console(stderr=True), job.kind, len(job.inputs)) as progress:
 
         def finished(done: int, broken: str | None) -> None:
             nonlocal failed
             if broken is not None:
                 failed += 1
-                say(f"broken image: {broken}", error=True)
+                say(f"broken {job.kind[:-1]}: {broken}", error=True)
             if progress is not None:
                 progress(done)
 
         predictions = job.answers(predictor, finished)
         if written_as is not None:
-            output.write(written_as, predictions, out or sys.stdout, texts=bool(named))
+            output.write(written_as, predictions, out or sys.stdout, texts=bool(named), kind=job.kind)
         else:
-            rows = output.as_rows(predictions)
             columns = ["text", "probability", "cosine"] if named else ["class", "probability"]
-            answers = table("", ["image", *columns], list(rows))
+            answers = table("", [*job.columns, *columns], list(output.as_rows(predictions, topk)))
     if written_as is None and predictor.classes is not None:
         stdout().print(answers)
         softmax = "probabilities: softmax of 100 × cosine over the texts"
@@ -106,10 +128,10 @@ def predict(
             softmax = "one text alone always has 100 %: its cosine says how near it is"
         say(softmax if named else f"class names: {predictor.classes.source}", style="dim")
     for place in (out, features, picture):
-        if place is not None and failed < len(job.images):
+        if place is not None and failed < len(job.inputs):
             say(f"written: {place}", error=written_as is not None, style="dim")
     if failed:
-        say(f"{failed} of {len(job.images)} images could not be read", error=True)
+        say(f"{failed} of {len(job.inputs)} {job.kind} could not be read", error=True)
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -1,9 +1,10 @@
 """Names of the classes that a classifier tells apart, and where they come from.
 
-weights -> the run's own names | ImageNet-1K | ImageNet-21K | numbers
+weights -> the run's own names | ImageNet-1K | ImageNet-21K | Kinetics-400 | numbers
 
 Source: the official models number ImageNet classes by sorted WordNet id; both lists used here are in that order
-(ImageNet-21K is the release of autumn 2011 with 21,841 classes).
+(ImageNet-21K is the release of autumn 2011 with 21,841 classes). Official video models number the classes of Kinetics
+by sorted name (spec section 3.2 of video), as torchvision's list of them does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from openeva.data import imagenet_classes
 
-IMAGENET_1K, IMAGENET_21K = 1000, 21841
+IMAGENET_1K, IMAGENET_21K, KINETICS_400 = 1000, 21841, 400
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class ClassNames:
     source: str
 
 
-def class_names(num_classes: int, config: Mapping[str, Any] | None = None) -> ClassNames:
+def class_names(num_classes: int, config: Mapping[str, Any] | None = None, *, of_videos: bool = False) -> ClassNames:
     """The names of a classifier's classes.
 
     Args:
         num_classes: V.
         config: Content of an openeva model's `config.json`; empty or None for weights from elsewhere, whose 1,000 or
-            21,841 classes are then taken for ImageNet's.
+            21,841 classes are then taken for ImageNet's, and 400 of a video model for those of Kinetics-400.
+        of_videos: The classifier is that of a video model.
 
     Raises:
         ValueError: The config names another number of classes.
@@ -46,6 +48,8 @@ def class_names(num_classes: int, config: Mapping[str, Any] | None = None) -> Cl
             )
         return ClassNames(own, "the run")
     if not config or "converted_from" in config:
+        if of_videos:
+            return _kinetics(num_classes)
         if num_classes == IMAGENET_1K:
             return ClassNames(imagenet_classes.class_names(), "ImageNet-1K (open_clip's names)")
         if num_classes == IMAGENET_21K:
@@ -54,6 +58,18 @@ def class_names(num_classes: int, config: Mapping[str, Any] | None = None) -> Cl
             info = ImageNetInfo("imagenet-22k")
             names = [info.index_to_description(number) for number in range(num_classes)]
             return ClassNames(names, "ImageNet-21K (timm's names, from WordNet)")
+    return _numbers(num_classes)
+
+
+def _kinetics(num_classes: int) -> ClassNames:
+    if num_classes != KINETICS_400:
+        return _numbers(num_classes)
+    from torchvision.models._meta import _KINETICS400_CATEGORIES
+
+    return ClassNames(_KINETICS400_CATEGORIES, "Kinetics-400 (torchvision's names)")
+
+
+def _numbers(num_classes: int) -> ClassNames:
     return ClassNames([str(number) for number in range(num_classes)], "numbers, since the weights name no classes")
 
 

@@ -1,7 +1,7 @@
 """Where a classifier looks: one number per patch.
 
-normalised images -> forward pass, watched -> `HeatMap`: attention (what the model mixes) or relevance (what speaks for
-a class)
+normalised images or clips -> forward pass, watched -> `HeatMaps`: attention (what the model mixes) or relevance (what
+speaks for a class)
 
 Attention is that of the last layer of attention, mean of its heads: of the query that pools (the cls token, or the
 query of an attentive head) where one does; for mean pooling, which has none, the mean over all patches. Relevance is
@@ -32,11 +32,11 @@ class HeatMaps:
     """Maps of a batch.
 
     Attributes:
-        values: Not below 0; only their ratio within an image means something.
+        values: Not below 0; only their ratio within an image or clip means something. Of clips `[B, slots, y, x]`.
         meaning: What they are, in words.
     """
 
-    values: Float[Tensor, "B y x"]
+    values: Float[Tensor, "B *slots y x"]
     meaning: str
 
 
@@ -53,23 +53,41 @@ class _LastAttention(TorchFunctionMode):
             self.call = given["query"], given["key"], given.get("attn_mask"), scale
         return func(*args, **kwargs)
 
-    def weights(self) -> Float[Tensor, "B Q S"]:
-        """Attention weights of that call, mean over heads.
+    def over_keys(self, num_patches: int, *, of_cls: bool) -> Float[Tensor, "B S"]:
+        """Attention weights of that call, mean over heads and queries.
+
+        Heads pass one after the other: all weights between the thousands of patches of a clip would fill the memory.
+
+        Args:
+            num_patches: Keys that are patches, the last ones.
+            of_cls: Of the first query, else of all patches.
 
         Raises:
-            ValueError: The model never called it.
+            ValueError: The model never called it, or not over patches.
         """
         if self.call is None:
             raise ValueError("this model has no attention that could be shown; ask for the relevance map")
         q_BHQK, k_BHSK, mask, scale = self.call
-        logits_BHQS = (q_BHQK.float() * scale) @ k_BHSK.float().transpose(-2, -1)
+        prefix = k_BHSK.shape[2] - num_patches
+        if prefix < 0:
+            raise ValueError("the last attention of this model is not over patches; ask for the relevance map")
+        queries = slice(0, 1) if of_cls else slice(prefix, None)
         if mask is not None:
-            logits_BHQS = logits_BHQS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits_BHQS + mask
-        return logits_BHQS.softmax(dim=-1).mean(dim=1)
+            mask = mask.broadcast_to(*q_BHQK.shape[:3], k_BHSK.shape[2])[:, :, queries]
+        total_BS = torch.zeros(1, device=q_BHQK.device)
+        for head in range(q_BHQK.shape[1]):
+            logits_BQS = (q_BHQK[:, head, queries].float() * scale) @ k_BHSK[:, head].float().transpose(-2, -1)
+            if mask is not None:
+                one = mask[:, head]
+                logits_BQS = logits_BQS.masked_fill(~one, -torch.inf) if one.dtype == torch.bool else logits_BQS + one
+            total_BS = total_BS + logits_BQS.softmax(dim=-1).mean(dim=1)
+        return total_BS / q_BHQK.shape[1]
 
 
 @torch.no_grad()
-def attention_map(model: ImageClassifier, image_BCYX: Float[Tensor, "B C Y X"]) -> HeatMaps:
+def attention_map(
+    model: ImageClassifier, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"]
+) -> HeatMaps:
     """Attention to each patch in the model's last attention.
 
     Raises:
@@ -79,43 +97,47 @@ def attention_map(model: ImageClassifier, image_BCYX: Float[Tensor, "B C Y X"]) 
         return _pooling_attention(model, model.backbone(image_BCYX))
     with _LastAttention() as watched:
         features = model.backbone(image_BCYX)
-    rows, columns = features.grid
-    num_patches = rows * columns
-    weights_BQS = watched.weights()
-    if weights_BQS.shape[2] < num_patches:
-        raise ValueError("the last attention of this model is not over patches; ask for the relevance map")
-    prefix = weights_BQS.shape[2] - num_patches
-    to_patches_BQN = weights_BQS[:, :, prefix:]
-    if model.pooling == "cls":
-        map_BN, whose = to_patches_BQN[:, 0], "of the cls token"
-    else:
-        map_BN, whose = to_patches_BQN[:, prefix:].mean(dim=1), "of all patches, mean"
-    return HeatMaps(map_BN.unflatten(1, (rows, columns)), f"attention {whose} (last block, mean of heads)")
+    num_patches, of_cls = features.patches.shape[1], model.pooling == "cls"
+    map_BN = watched.over_keys(num_patches, of_cls=of_cls)[:, -num_patches:]
+    whose = "of the cls token" if of_cls else "of all patches, mean"
+    return HeatMaps(_laid_out(map_BN, model, features), f"attention {whose} (last block, mean of heads)")
+
+
+def _laid_out(
+    map_BN: Float[Tensor, "B N"], model: ImageClassifier, features: Features
+) -> Float[Tensor, "B *slots y x"]:
+    """Values of patches where they lie in an image, or in space and time."""
+    slots = () if model.backbone.num_frames is None else (features.slots,)
+    return map_BN.unflatten(1, (*slots, *features.grid))
 
 
 def _pooling_attention(model: ImageClassifier, features: Features) -> HeatMaps:
     pool, patches_BND = model.attention_pool, features.patches
     query_B1D = pool.query.to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
     _, weights_B1N = pool.attn(query_B1D, patches_BND, patches_BND, need_weights=True)
-    return HeatMaps(weights_B1N[:, 0].unflatten(1, features.grid), "attention of the pooling query (mean of heads)")
+    return HeatMaps(_laid_out(weights_B1N[:, 0], model, features), "attention of the pooling query (mean of heads)")
 
 
-def relevance_map(model: ImageClassifier, image_BCYX: Float[Tensor, "B C Y X"], class_B: Int[Tensor, "B"]) -> HeatMaps:
+def relevance_map(
+    model: ImageClassifier,
+    image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"],
+    class_B: Int[Tensor, "B"],
+) -> HeatMaps:
     """How much each patch speaks for a class.
 
     Args:
         model: In evaluation mode.
-        image_BCYX: Normalised images.
-        class_B: The class to explain, per image.
+        image_BCYX: Normalised images, or clips.
+        class_B: The class to explain, per image or clip.
 
     Raises:
         ValueError: A cls-pooled model whose blocks cannot be reached.
     """
     kept: list[Tensor] = []
-    grids: list[tuple[int, int]] = []
+    seen: list[Features] = []
     handles = [
         _cut_before_last_block(model, kept) if model.pooling == "cls" else _cut_after_backbone(model, kept),
-        model.backbone.register_forward_hook(lambda _m, _i, output: grids.append(output.grid)),
+        model.backbone.register_forward_hook(lambda _m, _i, output: seen.append(output)),
     ]
     try:
         with torch.no_grad():  # switched on again at the cut: nothing before it needs a gradient
@@ -125,11 +147,10 @@ def relevance_map(model: ImageClassifier, image_BCYX: Float[Tensor, "B C Y X"], 
     finally:
         for handle in handles:
             handle.remove()
-    rows, columns = grids[0]
     evidence_BS = (gradient_BSD.float() * kept[0].detach().float()).sum(dim=-1)
-    map_BN = evidence_BS[:, evidence_BS.shape[1] - rows * columns :].clamp_min(0)
+    map_BN = evidence_BS[:, -seen[0].patches.shape[1] :].clamp_min(0)
     where = "entering the last block" if model.pooling == "cls" else "leaving the backbone"
-    return HeatMaps(map_BN.unflatten(1, (rows, columns)), f"evidence for the class (gradient × patch tokens {where})")
+    return HeatMaps(_laid_out(map_BN, model, seen[0]), f"evidence for the class (gradient × patch tokens {where})")
 
 
 def _cut_after_backbone(model: ImageClassifier, kept: list[Tensor]) -> RemovableHandle:

@@ -1,6 +1,8 @@
 """Predictions for people and for programs, and the files that go with them.
 
-images -> `Job.answers` (features and pictures written on the way) -> table, JSON or CSV, row by row
+images or videos -> `Job.answers` (features and pictures written on the way) -> table, JSON or CSV, row by row
+
+Of a video JSON and CSV have every window with its first and last second, and the table has its actions.
 """
 
 import csv
@@ -12,32 +14,39 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from openeva.checkpoints.files import write_atomically
+from openeva.data.video import Video
 from openeva.heads.classifier import ImageClassifier
 from openeva.inference.embeddings import NoFeaturesError, check_suffix, writing
-from openeva.inference.inputs import FoundImage
+from openeva.inference.inputs import FoundImage, Kind, Media
 from openeva.inference.maps import MapKind, natural_map
 from openeva.inference.picture import draw, free_name, is_picture_file
-from openeva.inference.predictor import Guess, Prediction, Predictor, Wanted
+from openeva.inference.predictor import SEES_IMAGES, Embedding, Guess, Prediction, Predictor, Wanted
+from openeva.inference.strip import draw_strip
+from openeva.inference.videos import Segment, VideoPrediction, Windows, why_videos
 
 Format = Literal["json", "csv"]
-CSV_COLUMNS = ("image", "rank", "class", "name", "probability", "error")
-CSV_COLUMNS_TEXTS = ("image", "rank", "class", "name", "probability", "cosine", "error")
-
+CSV_COLUMNS = ("rank", "class", "name", "probability", "error")
+"""Behind the name of the image or video, and of a video `start` and `end` in seconds; of texts with their cosines."""
 
 Finished = Callable[[int, str | None], None]
 """Called after every image with the number done and, where it was broken, its name and why."""
 
 
 class Job:
-    """What to do with images: checked before any work, then done image by image.
+    """What to do with images or videos: checked before any work, then done one after the other.
 
     Args:
-        images: What to answer for.
-        features: `.npz` or `.parquet` file for embeddings.
-        picture: A picture's file, or a folder for one picture per image.
+        media: What to answer for.
+        features: `.npz` or `.parquet` file for embeddings, of videos one per window.
+        picture: A picture's file, or a folder for one picture per image or video.
         kind: What pictures show; default: what suits the model.
         patches: Embeddings with one vector per patch.
         layers: Embeddings with the output of these blocks, numbers with commas between them.
+        windows: How videos are looked at.
+
+    Attributes:
+        kind: Images or videos; only the model decides, so that it is known after `choose`.
+        inputs: What is done; likewise.
 
     Raises:
         ValueError: A file name of an unknown kind, one picture file for several images, or an option without the one
@@ -47,15 +56,16 @@ class Job:
 
     def __init__(
         self,
-        images: Sequence[FoundImage],
+        media: Media,
         features: Path | None = None,
         picture: Path | None = None,
         kind: MapKind | None = None,
         *,
         patches: bool = False,
         layers: str = "",
+        windows: Windows | None = None,
     ) -> None:
-        self.images, self.features, self.picture, self.kind = images, features, picture, kind
+        self.features, self.picture, self.map, self.windows = features, picture, kind, windows
         self.patches, self.layers = patches, _numbers(layers)
         if features is None and (patches or layers):
             raise ValueError("--patches and --layers say what --features holds; give --features FILE too")
@@ -63,8 +73,34 @@ class Job:
             raise ValueError("--map says what a picture shows; give --picture FILE or FOLDER too")
         if features is not None:
             check_suffix(features)
-        if picture is not None and is_picture_file(picture) and len(images) > 1:
-            raise ValueError(f"--picture {picture} is one file, but there are {len(images)} images; give a folder")
+        self._media, self.kind = media, media.kind or "images"
+        self.inputs: Sequence[FoundImage | Video] = []
+        if media.kind is not None:
+            self._take(media.images() if media.kind == "images" else media.videos())
+        elif picture is not None:
+            is_picture_file(picture)
+
+    def _take(self, inputs: Sequence[FoundImage | Video]) -> None:
+        self.inputs = inputs
+        if self.picture is not None and is_picture_file(self.picture) and len(inputs) > 1:
+            raise ValueError(
+                f"--picture {self.picture} is one file, but there are {len(inputs)} {self.kind}; give a folder"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a table that say what a row is about."""
+        return ("image",) if self.kind == "images" else ("video", "time")
+
+    def choose(self, predictor: Predictor) -> None:
+        """Take what the model sees of what is there.
+
+        Raises:
+            ValueError: An address leads to the other kind alone.
+        """
+        of_images = predictor.num_frames is None and (self.windows is None or self.windows.num_frames is None)
+        self.kind = "images" if of_images else "videos"
+        self._take(self._media.images(SEES_IMAGES) if of_images else self._media.videos(why_videos(predictor)))
 
     def answers(self, predictor: Predictor, finished: Finished) -> Iterator[Prediction]:
         """Predictions as they come; features and pictures are written on the way.
@@ -78,12 +114,16 @@ class Job:
     def _answers(self, predictor: Predictor, finished: Finished) -> Iterator[Prediction]:
         taken: set[str] = set()
         with nullcontext() if self.features is None else writing(self.features) as writer:
-            for done, prediction in enumerate(predictor(self.images, self._wanted(predictor)), start=1):
-                if writer is not None and prediction.embedding is not None:
-                    writer.add(prediction.source, prediction.embedding)
-                if self.picture is not None and prediction.heat is not None:
+            predictions = predictor(self.inputs, self._wanted(predictor), self.windows)
+            for done, prediction in enumerate(predictions, start=1):
+                if writer is not None:
+                    _write_features(prediction, writer.add)
+                if self.picture is not None and prediction.error is None:
                     single = is_picture_file(self.picture)
-                    draw(prediction, self.picture if single else free_name(self.picture, prediction.source, taken))
+                    place = self.picture if single else free_name(self.picture, prediction.source, taken)
+                    draw_strip(prediction, place) if isinstance(prediction, VideoPrediction) else draw(
+                        prediction, place
+                    )
                 broken = prediction.error
                 finished(done, broken and f"{prediction.source}: {broken}")
                 yield prediction
@@ -91,11 +131,18 @@ class Job:
     def _wanted(self, predictor: Predictor) -> Wanted:
         map_ = None
         if self.picture is not None and isinstance(predictor.model, ImageClassifier):
-            map_ = self.kind or natural_map(predictor.model)
+            map_ = self.map or natural_map(predictor.model)
         elif self.picture is not None:
             fix = "give texts too (--text)" if predictor.is_clip else "leave out --picture"
             raise ValueError(f"a picture explains a class, but these weights have no classifier; {fix}")
         return Wanted(self.features is not None, self.patches, self.layers, map_)
+
+
+def _write_features(prediction: Prediction, add: Callable[[str, Embedding], None]) -> None:
+    """One row, or of a video one per window."""
+    for part in prediction.segments if isinstance(prediction, VideoPrediction) else (prediction,):
+        if part.embedding is not None:
+            add(part.source, part.embedding)
 
 
 def format_of(out: Path | None, *, json: bool, csv: bool) -> Format | None:
@@ -120,7 +167,14 @@ def format_of(out: Path | None, *, json: bool, csv: bool) -> Format | None:
     return "json" if ending == "json" else "csv"
 
 
-def write(format_: Format, predictions: Iterable[Prediction], place: Path | TextIO, *, texts: bool = False) -> None:
+def write(
+    format_: Format,
+    predictions: Iterable[Prediction],
+    place: Path | TextIO,
+    *,
+    texts: bool = False,
+    kind: Kind = "images",
+) -> None:
     """Write predictions to a file, which appears whole at the end, or to a stream as they come.
 
     Args:
@@ -128,8 +182,9 @@ def write(format_: Format, predictions: Iterable[Prediction], place: Path | Text
         predictions: What to write.
         place: Where.
         texts: The classes are texts, which have cosines too.
+        kind: What the predictions are of.
     """
-    pieces = as_json(predictions) if format_ == "json" else as_csv(predictions, texts=texts)
+    pieces = as_json(predictions) if format_ == "json" else as_csv(predictions, texts=texts, kind=kind)
     put(pieces, place)
 
 
@@ -155,33 +210,59 @@ def as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
     yield "[]\n" if before.startswith("[") else "\n]\n"
 
 
-def as_csv(predictions: Iterable[Prediction], *, texts: bool = False) -> Iterator[str]:
-    """CSV with a header, a row per guess; a broken image has one row with its error."""
-    columns = CSV_COLUMNS_TEXTS if texts else CSV_COLUMNS
+def as_csv(predictions: Iterable[Prediction], *, texts: bool = False, kind: Kind = "images") -> Iterator[str]:
+    """CSV with a header, a row per guess, of videos per window; a broken image has one row with its error."""
+    times = ("start", "end") if kind == "videos" else ()
+    columns = [kind.removesuffix("s"), *times, *CSV_COLUMNS[:-1], *(["cosine"] if texts else []), CSV_COLUMNS[-1]]
     yield csv_row(columns)
     for prediction in predictions:
         if prediction.error is not None:
             yield csv_row((prediction.source, *[""] * (len(columns) - 2), prediction.error))
-        for rank, guess in enumerate(prediction.top, start=1):
-            cosine = [] if guess.cosine is None else [f"{guess.cosine:.6g}"]
-            yield csv_row((prediction.source, rank, guess.index, guess.name, f"{guess.probability:.6g}", *cosine, ""))
+        for part in prediction.segments if isinstance(prediction, VideoPrediction) else (prediction,):
+            when = (f"{part.start:.3f}", f"{part.end:.3f}") if isinstance(part, Segment) else ()
+            for rank, guess in enumerate(part.top, start=1):
+                cosine = [] if guess.cosine is None else [f"{guess.cosine:.6g}"]
+                numbers = (rank, guess.index, guess.name, f"{guess.probability:.6g}")
+                yield csv_row((prediction.source, *when, *numbers, *cosine, ""))
 
 
-def as_rows(predictions: Iterable[Prediction]) -> Iterator[tuple[str, ...]]:
-    """Rows (image, class, probability, of texts also cosine) of a table; the image stands in its first row only."""
+def as_rows(predictions: Iterable[Prediction], topk: int | None = None) -> Iterator[tuple[str, ...]]:
+    """Rows (image, class, probability, of texts also cosine) of a table; the image stands in its first row only.
+
+    Of videos (video, time, class, probability ...), an action's most probable class alone where there are several and
+    `topk` is None.
+    """
     for prediction in predictions:
-        for rank, guess in enumerate(prediction.top):
-            cosine = () if guess.cosine is None else (f"{guess.cosine:.3f}",)
-            yield prediction.source if rank == 0 else "", guess.name, f"{guess.probability:.1%}", *cosine
+        parts = prediction.actions if isinstance(prediction, VideoPrediction) else (prediction,)
+        for number, part in enumerate(parts):
+            shown = part.top if len(parts) == 1 else part.top[: topk or 1]
+            for rank, guess in enumerate(shown):
+                name = prediction.source if number == rank == 0 else ""
+                when = (part.span if rank == 0 else "",) if isinstance(part, Segment) else ()
+                cosine = () if guess.cosine is None else (f"{guess.cosine:.3f}",)
+                yield name, *when, guess.name, f"{guess.probability:.1%}", *cosine
 
 
 FORMATS = ("json", "csv")
 
 
 def _record(prediction: Prediction) -> dict[str, Any]:
+    if not isinstance(prediction, VideoPrediction):
+        if prediction.error is not None:
+            return {"image": prediction.source, "error": prediction.error}
+        return {"image": prediction.source, "top": [_guess(guess) for guess in prediction.top]}
     if prediction.error is not None:
-        return {"image": prediction.source, "error": prediction.error}
-    return {"image": prediction.source, "top": [_guess(guess) for guess in prediction.top]}
+        return {"video": prediction.source, "error": prediction.error}
+    segments = [
+        {"start": round(part.start, 3), "end": round(part.end, 3), "top": [_guess(guess) for guess in part.top]}
+        for part in prediction.segments
+    ]
+    return {
+        "video": prediction.source,
+        "duration": round(prediction.duration, 3),
+        "top": [_guess(guess) for guess in prediction.top],
+        "segments": segments,
+    }
 
 
 def _guess(guess: Guess) -> dict[str, Any]:

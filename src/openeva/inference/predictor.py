@@ -2,6 +2,7 @@
 
 images -> `find_images` -> pixels (threads) -> the model's own evaluation view -> batch -> logits and features ->
 `Prediction`s in the order of the images; the classes are the model's, or, of a CLIP, any texts
+videos -> `videos.answers` -> the same, one `VideoPrediction` per video
 
 Source: spec section 7: images are seen as in the official evaluation of these weights (`transforms_for`).
 """
@@ -14,11 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from openeva.engine.precision import DTYPES, PrecisionName, resolve_precision
 from openeva.heads.classifier import ImageClassifier
 from openeva.heads.clip import ClipModel
 from openeva.inference.classes import ClassNames, class_names
-from openeva.inference.inputs import FoundImage, ImageError, ImageInput, find_images
+from openeva.inference.inputs import FoundImage, ImageError, Input, find_images
 from openeva.inference.maps import MAPS, MapKind
 from openeva.inference.texts import (
     Templates,
@@ -43,6 +44,9 @@ from openeva.inference.texts import (
 )
 from openeva.models import load_checkpoint, transforms_for
 
+if TYPE_CHECKING:
+    from openeva.inference.videos import Windows
+
 Weights = str | Path | ImageClassifier | Backbone | ClipModel
 """What to answer with: official name, run, model folder or file; or a model that is there already."""
 
@@ -54,6 +58,11 @@ MAX_READERS = 16
 """Threads that read images, unless asked otherwise; no more than processors."""
 READ_AHEAD_BATCHES = 2
 """Images that are read while the model is busy."""
+SEES_IMAGES = (
+    "these weights see images; look at frames of it (--frames 8; Windows(num_frames=8) in Python), or give weights of "
+    "a video model"
+)
+"""Why a video will not do."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Embedding:
 
 
 class HeatMap(NamedTuple):
-    """One number per patch `[y, x]`, not below 0, and what it means."""
+    """One number per patch `[y, x]` (of a clip `[slots, y, x]`), not below 0, and what it means."""
 
     values: NDArray[np.float32]
     meaning: str
@@ -142,7 +151,7 @@ class Predictor:
     Args:
         weights: Official name, run, model folder or file; or a model (put into evaluation mode and moved).
         topk: Classes to return per image; default: 5, or 10 texts.
-        batch_size: Images per forward pass.
+        batch_size: Images, or frames of clips, per forward pass; a clip is never divided.
         device: "auto", "cpu", "cuda", ...
         precision: Of the backbone; "auto" is bf16 where the hardware multiplies it natively. The classifier itself and
             all results are fp32.
@@ -150,7 +159,7 @@ class Predictor:
         texts: What may be seen, for the weights of a CLIP: its classes are then these.
         templates: What texts are put into, such as "a photo of a {c}."; several, a file, or a name such as "imagenet".
             Default: texts as they are.
-        num_readers: Threads that read images; default: one per processor, at most 16.
+        num_readers: Threads that read images, or videos; default: one per processor, at most 16.
 
     Raises:
         ConfigError: The weights are unknown or out of reach.
@@ -187,7 +196,12 @@ class Predictor:
         self.backbone = backbone_of(self.model)
         self.transform = transforms_for(self.model).evaluate
         if self.classes is None and isinstance(model, ImageClassifier):
-            self.classes = class_names(model.num_classes, config_of(model))
+            self.classes = class_names(model.num_classes, config_of(model), of_videos=self.num_frames is not None)
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of the clips that the model sees; None = it sees images."""
+        return self.backbone.num_frames
 
     def _tell_apart(
         self,
@@ -203,17 +217,31 @@ class Predictor:
 
     def __call__(
         self,
-        images: ImageInput | Iterable[ImageInput],
+        images: Input | Iterable[Input],
         wanted: Wanted = Wanted(),
+        windows: "Windows | None" = None,
     ) -> Generator[Prediction, None, None]:
         """Answer for images in their order; a broken one gets an `error`. Closed early, it reads no more of them.
 
+        A video model answers for videos, with a `VideoPrediction` for each.
+
+        Args:
+            images: See `openeva.inference.inputs.find_images`, or, for a video model, `find_videos`.
+            wanted: What to find out beside the classes.
+            windows: How videos are divided and looked at; default: `Windows()` for a video model. With `num_frames` a
+                model of images answers for frames of videos.
+
         Raises:
-            ValueError: An address leads nowhere, or the model cannot give what is wanted; before the first image is
-                read where the images are a list.
+            ValueError: An address leads nowhere or to the wrong kind, or the model cannot give what is wanted; before
+                the first image is read where the images are a list.
+            ImportError: What reads videos is missing.
         """
         wanted = self._checked(wanted)
-        return self._answers(find_images(images), wanted)
+        if self.num_frames is None and windows is None:
+            return self._answers(find_images(images, SEES_IMAGES), wanted)
+        from openeva.inference import videos
+
+        return videos.answers(self, images, wanted, windows or videos.Windows())
 
     def _checked(self, wanted: Wanted) -> Wanted:
         if self.classes is None and self.is_clip and (wanted.map or not wanted.embedding):
@@ -267,40 +295,61 @@ class Predictor:
         return crop.cut(pixels_YXC, crop.draw(rows, columns, random.Random(0)), self.transform.image_size)
 
     def _answer(self, view_BCYX: UInt8[Tensor, "B 3 Y X"], wanted: Wanted) -> list[Prediction]:
-        image_BCYX = normalise(view_BCYX.to(self.device), self.transform.mean, self.transform.std)
-        with torch.no_grad(), self._autocast(), _features_of(self.backbone, wanted.layers) as seen:
-            classifier = self.model if isinstance(self.model, ImageClassifier) else None
-            pooled_BD = self.model(image_BCYX).pooled if classifier is None else classifier.pool(image_BCYX)
-        pooled_BD = pooled_BD.float()
+        pooled_BD, logits_BV, features = self.see(view_BCYX, wanted.layers)
         results = [Prediction("") for _ in range(len(view_BCYX))]
-        top_BK = None
-        if classifier is not None:
-            with torch.no_grad():
-                logits_BV = classifier.classifier(pooled_BD)
-            top_BK = logits_BV.softmax(dim=-1).topk(min(self.topk, logits_BV.shape[1]))
-            results = [replace(r, top=g) for r, g in zip(results, self._guesses(logits_BV, *top_BK), strict=True)]
+        if logits_BV is not None:
+            results = [replace(r, top=top) for r, top in zip(results, self.guesses(logits_BV), strict=True)]
         if wanted.embedding:
-            embeddings = _embeddings(pooled_BD, seen[0], wanted)
+            embeddings = embeddings_of(pooled_BD, features, wanted)
             results = [replace(r, embedding=e) for r, e in zip(results, embeddings, strict=True)]
-        if wanted.map and classifier is not None and top_BK is not None:
-            with self._autocast():
-                maps = MAPS[wanted.map](classifier, image_BCYX, top_BK.indices[:, 0])
+        if wanted.map and logits_BV is not None:
+            heats = self.explain(view_BCYX, logits_BV.argmax(dim=1), wanted.map)
             results = [
-                replace(r, view=view.permute(1, 2, 0).numpy(), heat=HeatMap(heat, maps.meaning))
-                for r, view, heat in zip(results, view_BCYX, maps.values.float().cpu().numpy(), strict=True)
+                replace(r, view=view.permute(1, 2, 0).numpy(), heat=heat)
+                for r, view, heat in zip(results, view_BCYX, heats, strict=True)
             ]
         return results
 
-    def _guesses(self, logits_BV: Tensor, probability_BK: Tensor, index_BK: Tensor) -> Iterator[tuple[Guess, ...]]:
+    def see(
+        self, view: UInt8[Tensor, "B *T 3 Y X"], layers: tuple[int, ...] = ()
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B V"] | None, Features]:
+        """One forward pass: what the classifier sees, its logits (None without one), and what the backbone said."""
+        image = self._normalised(view)
+        with torch.no_grad(), self._autocast(), _features_of(self.backbone, layers) as seen:
+            classifier = self.model if isinstance(self.model, ImageClassifier) else None
+            pooled_BD = self.model(image).pooled if classifier is None else classifier.pool(image)
+        pooled_BD = pooled_BD.float()
+        with torch.no_grad():
+            return pooled_BD, None if classifier is None else classifier.classifier(pooled_BD), seen[0]
+
+    def explain(self, view: UInt8[Tensor, "B *T 3 Y X"], class_B: Int[Tensor, "B"], kind: MapKind) -> list[HeatMap]:
+        """Where a classifier looks for a class."""
+        assert isinstance(self.model, ImageClassifier)
+        with self._autocast():
+            maps = MAPS[kind](self.model, self._normalised(view), class_B)
+        return [HeatMap(values, maps.meaning) for values in maps.values.float().cpu().numpy()]
+
+    def guesses(self, logits_BV: Float[Tensor, "B V"]) -> list[tuple[Guess, ...]]:
+        """The most probable classes in words, best first."""
         assert self.classes is not None
         names, cosine_BK = self.classes.names, None
+        top_BK = logits_BV.softmax(dim=-1).topk(min(self.topk, logits_BV.shape[1]))
         if isinstance(self.model, TextClassifier):
-            cosine_BK = self.model.cosines(logits_BV.gather(1, index_BK)).tolist()
-        for row, (probabilities, indices) in enumerate(zip(probability_BK.tolist(), index_BK.tolist(), strict=True)):
+            cosine_BK = self.model.cosines(logits_BV.gather(1, top_BK.indices)).tolist()
+        found = []
+        for row, (probabilities, indices) in enumerate(
+            zip(top_BK.values.tolist(), top_BK.indices.tolist(), strict=True)
+        ):
             cosines = [None] * len(indices) if cosine_BK is None else cosine_BK[row]
-            yield tuple(
-                Guess(i, names[i], p, cosine) for i, p, cosine in zip(indices, probabilities, cosines, strict=True)
+            found.append(
+                tuple(
+                    Guess(i, names[i], p, cosine) for i, p, cosine in zip(indices, probabilities, cosines, strict=True)
+                )
             )
+        return found
+
+    def _normalised(self, view: UInt8[Tensor, "B *T 3 Y X"]) -> Float[Tensor, "B *T 3 Y X"]:
+        return normalise(view.to(self.device), self.transform.mean, self.transform.std)
 
     def _autocast(self) -> Any:
         dtype = DTYPES[self.precision]
@@ -308,7 +357,7 @@ class Predictor:
 
 
 def predict(
-    images: ImageInput | Iterable[ImageInput],
+    images: Input | Iterable[Input],
     *,
     weights: Weights,
     texts: Sequence[str] = (),
@@ -318,23 +367,28 @@ def predict(
     device: str = "auto",
     precision: PrecisionName = "auto",
     image_size: int | tuple[int, int] | None = None,
+    windows: "Windows | None" = None,
     on_error: Literal["raise", "return"] = "raise",
 ) -> list[Prediction]:
     """Name what is in images: the classes of a classifier, or, with a CLIP, which of some texts fits.
 
+    Of videos, with a video model, the predictions are `VideoPrediction`s: actions with times.
+
     For many calls with one model, or results one by one, make a `Predictor`.
 
     Args:
-        images: Paths, folders, patterns, URLs, Pillow images, arrays, tensors, or any iterable of them.
+        images: Paths, folders, patterns, URLs, Pillow images, arrays, tensors, or any iterable of them; for a video
+            model paths, folders and patterns of videos.
         weights: See `Predictor`, as are all others.
         texts: For a CLIP: what may be seen.
         templates: What texts are put into.
         topk: Classes to return per image; default: 5, or 10 texts.
-        batch_size: Images per forward pass.
+        batch_size: Images, or frames of clips, per forward pass.
         device: "auto", "cpu", "cuda", ...
         precision: Of the backbone.
         image_size: Pixels to look at.
-        on_error: What a broken image does: "raise", or "return" a `Prediction` with `error`.
+        windows: How videos are divided, and in how many views they are seen.
+        on_error: What a broken image or video does: "raise", or "return" a `Prediction` with `error`.
 
     Raises:
         ImageError: An image is broken and `on_error` is "raise".
@@ -345,7 +399,7 @@ def predict(
         weights, topk=topk, batch_size=batch_size, device=device, precision=precision, image_size=image_size,
         texts=texts, templates=templates,
     )  # fmt: skip
-    return list(checked(predictor(images), on_error))
+    return list(checked(predictor(images, windows=windows), on_error))
 
 
 def checked(predictions: Iterable[Prediction], on_error: Literal["raise", "return"]) -> Iterator[Prediction]:
@@ -415,7 +469,9 @@ def _features_of(backbone: Backbone, layers: tuple[int, ...]) -> Iterator[list[F
             handle.remove()
 
 
-def _embeddings(pooled_BD: Float[Tensor, "B D"], features: Features, wanted: Wanted) -> Iterator[Embedding]:
+def embeddings_of(pooled_BD: Float[Tensor, "B D"], features: Features, wanted: Wanted) -> Iterator[Embedding]:
+    """What is kept of a forward pass, image by image."""
+
     def on_cpu(tensor: Tensor) -> NDArray[np.float32]:
         return tensor.float().cpu().numpy()
 
