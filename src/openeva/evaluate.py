@@ -383,7 +383,8 @@ def _classifier(model: nn.Module, weights: str) -> Classifier:
             f"weights {weights} hold no classifier; evaluate ones that were fine-tuned (`openeva list --weights`){hint}"
         )
     origin = getattr(model, "origin", None)
-    return Classifier(model, class_names(model.num_classes, origin.config if origin else None).names)
+    videos = model.backbone.num_frames is not None
+    return Classifier(model, class_names(model.num_classes, origin.config if origin else None, of_videos=videos).names)
 
 
 def published_row(weights: str) -> dict[str, float]:

@@ -149,13 +149,13 @@ def test_rows_of_the_classifier_follow_the_names_of_classes(trained: Path, video
 
 
 def test_what_cannot_be_trained_is_told_before(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="task video needs a model of clips"):
+    with pytest.raises(ConfigError, match="task video needs a model of clips"):
         video(tmp_path, videos, "task.backbone.num_frames=null", "task.backbone.tubelet=1")
-    with pytest.raises(ValueError, match="random erasing is for images"):
+    with pytest.raises(ConfigError, match="random erasing is for images"):
         video(tmp_path, videos, "task.erasing.prob=0.5")
-    with pytest.raises(ValueError, match="rope_grid know no time axis"):
+    with pytest.raises(ConfigError, match="rope_grid know no time axis"):
         video(tmp_path, videos, "task.backbone.rope_grid=4")
-    with pytest.raises(ValueError, match="num_frames 5 is not a multiple of tubelet 2"):
+    with pytest.raises(ConfigError, match="num_frames 5 is not a multiple of tubelet 2"):
         video(tmp_path, videos, "task.backbone.num_frames=5")
     images = {"name": "scenes", "num_images": 8}
     with pytest.raises(ConfigError, match=r"data\.train\.0 has no videos"):

@@ -311,19 +311,18 @@ class _TorchCodecVideo(_Timed):
                 source, dimension_order="NHWC", num_ffmpeg_threads=video.threads, seek_mode="exact"
             )
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise VideoError(f"not a video, or a broken one: {reason}", video.name) from None
+            empty = isinstance(video.data, Path) and not video.data.stat().st_size
+            reason = "the file is empty" if empty else "not a video, or a broken one"
+            raise VideoError(reason, video.name) from error
         facts = self._decoder.metadata
         if not facts.num_frames:
             raise VideoError("it has no frames", video.name)
-        declared = facts.num_frames_from_header or 0
-        if facts.num_frames < declared - max(2, MISSING_SHARE * declared):
-            raise VideoError(f"it is cut off: {facts.num_frames:,} of {declared:,} frames are there", video.name)
-        seconds = self._decoder._get_all_frame_pts() if hasattr(self._decoder, "_get_all_frame_pts") else None
-        count = facts.num_frames
-        rate = facts.average_fps or 1.0
-        self.times = np.arange(count) / rate if seconds is None else np.asarray(seconds) - float(seconds[0])
-        self.duration = float(self.times[-1] + 1 / rate)
+        found, whole = facts.duration_seconds or 0.0, facts.duration_seconds_from_header or 0.0
+        if facts.num_frames > 1 and found < 0.9 * whole:
+            raise VideoError(f"it is cut off: {found:.1f} of {whole:.1f} seconds are there", video.name)
+        # it tells no times without decoding: they are taken to be even, which only matters where windows are cut by time
+        self.duration = float(facts.duration_seconds or facts.num_frames / (facts.average_fps or 1.0))
+        self.times = np.arange(facts.num_frames) * (self.duration / facts.num_frames)
 
     def frames(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Frames:
         try:
