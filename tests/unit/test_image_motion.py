@@ -147,6 +147,7 @@ def test_no_frame_leaves_the_image(shape):
 def test_all_orientations_and_mirrored_images_come():
     motions = [draw_image_motion(0, index, "pan_left", 4) for index in range(200)]
     quarters = Counter(math.floor(motion.middle.angle / (math.pi / 2)) for motion in motions)
+    assert len(quarters) == 4
     assert min(quarters.values()) > 30
     assert 70 < sum(motion.mirrored for motion in motions) < 130
 

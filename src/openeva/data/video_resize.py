@@ -225,8 +225,6 @@ def target_size(size: tuple[int, int], options: Options) -> tuple[int, int]:
     wanted = _parse(options.resize)
     if isinstance(wanted, int):
         scale = wanted / min(rows, columns)
-        if scale > 1 and not options.upscale:
-            scale = 1.0
         return _even(rows * scale, rows, options.upscale), _even(columns * scale, columns, options.upscale)
     width, height = wanted if columns >= rows else wanted[::-1]
     scale = 1.0 if options.upscale else min(1.0, columns / width, rows / height)
