@@ -186,7 +186,7 @@ def test_things_bounce_or_pass():
             if action == "collide":
                 assert max(both) < 3  # of 4096 pixels: they touch, but do not cover each other
                 larger = [replace(thing, radius=1.3 * thing.radius) for thing in pairs[nearest]]
-                assert np.minimum(*(coverage(thing, (64, 64)) for thing in larger)).sum() > 3
+                assert np.minimum(*(coverage(thing, (64, 64)) for thing in larger)).sum() > 1.5
                 assert stays
             else:
                 assert max(both) > 20
