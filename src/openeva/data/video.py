@@ -170,6 +170,7 @@ class _PyAvVideo(_Timed):
         self._one_by_one = video.threads == 1  # threads decode ahead of what can be said of each packet
         if not self._one_by_one:
             self._stream.codec_context.thread_type = "AUTO"
+        self._num_packets = 0
         self._pts, self._keys, self._key_dts = self._table()
         if not len(self._pts):
             raise VideoError("it has no frames", self._name)
@@ -185,7 +186,7 @@ class _PyAvVideo(_Timed):
         Raises:
             VideoError: It was cut off.
         """
-        found, declared = len(self._pts), self._stream.frames
+        found, declared = self._num_packets, self._stream.frames
         if "mp4" in self._container.format.name:
             if found < declared - max(2, MISSING_SHARE * declared):
                 raise VideoError(f"it is cut off: {found:,} of {declared:,} frames are there", self._name)
@@ -197,7 +198,10 @@ class _PyAvVideo(_Timed):
         """Times of all frames as shown, of the key frames, and where to seek for them, in the stream's unit."""
         pts, keys = [], []
         for packet in self._container.demux(self._stream):
-            if not packet.size or packet.is_discard or packet.is_corrupt:
+            if not packet.size or packet.is_corrupt:
+                continue
+            self._num_packets += 1
+            if packet.is_discard:  # left out by an edit list, as telephones trim
                 continue
             if packet.pts is None:
                 return self._table_by_decoding()
@@ -320,7 +324,7 @@ class _TorchCodecVideo(_Timed):
         found, whole = facts.duration_seconds or 0.0, facts.duration_seconds_from_header or 0.0
         if facts.num_frames > 1 and found < 0.9 * whole:
             raise VideoError(f"it is cut off: {found:.1f} of {whole:.1f} seconds are there", video.name)
-        # it tells no times without decoding: they are taken to be even, which only matters where windows are cut by time
+        # it tells no times without decoding: they are taken to be even, which only matters to windows of time
         self.duration = float(facts.duration_seconds or facts.num_frames / (facts.average_fps or 1.0))
         self.times = np.arange(facts.num_frames) * (self.duration / facts.num_frames)
 
