@@ -141,3 +141,27 @@ def test_impossible_values_are_errors():
     for wrong in ({"mixup": -1}, {"prob": 1.5}, {"switch_prob": -0.1}):
         with pytest.raises(ValidationError):
             MixupConfig(**wrong)
+
+
+def test_shuffled_partners_are_those_of_image_and_target_alike_and_may_be_odd():
+    """Clips: every frame gets the same share, or the same box, of the same other clip."""
+    met = set()
+    for cut in (False, True):
+        config = MixupConfig(cutmix=1.0, partners="shuffled") if cut else MixupConfig(mixup=0.8, partners="shuffled")
+        for seed in range(60):
+            torch.manual_seed(seed)
+            clips = images((8, 8), batch=3)[:, None].expand(3, 2, 3, 8, 8).clone()
+            mixed, target = config.build()(clips, torch.tensor([0, 1, 2]), 3, 0.0)
+            assert torch.equal(mixed[:, 0], mixed[:, 1])
+            for number in range(3):
+                mean = (target[number] * torch.tensor([1.0, 2.0, 3.0])).sum().item()
+                assert mixed[number].mean().item() == pytest.approx(mean, abs=1e-5)
+                met.add(
+                    (number, int(target[number].argsort(descending=True)[1])) if target[number].max() < 1 else number
+                )
+    assert {(0, 1), (0, 2), (2, 0), 0, 1, 2} <= met
+
+
+def test_reversed_partners_need_an_even_number():
+    with pytest.raises(ValueError, match="partners=shuffled"):
+        MixupConfig(mixup=0.8).build().check(3)

@@ -352,3 +352,18 @@ def test_other_texts_and_crops_do_not_stand_beside_published_numbers(
 def test_peers_are_known_by_open_clips_tags(weights: str, top1: float) -> None:
     assert published_zero_shot(weights)["imagenet_1k"][0] == top1
     assert len(published_retrieval(weights)) == 12
+
+
+def test_frames_of_a_video_may_be_averaged(tmp_path: Path) -> None:
+    """Dark videos that are light in their middle: the paper's one frame is wrong about them, five are right."""
+    for name, dark, light in (("black", 5, 250), ("white", 250, 5)):
+        for number in range(2):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_video(tmp_path / name / f"{number}.mp4", [dark] * 8 + [light] * 4 + [dark] * 8)
+    source = {"name": "video_folder", "root": tmp_path}
+    assert evaluation(source=source).run(ColourClip(), {})["zeroshot_top1"] == 0
+    seen = ColourClip()
+    assert evaluation(source=source, frames=5).run(seen, {})["zeroshot_top1"] == 1
+    assert seen.sizes == {(32, 32)}  # frame by frame
+    pictures = write_folder(tmp_path / "pictures", {"black": ["black"], "white": ["white"]})
+    assert of_folder(pictures, frames=5).run(ColourClip(), {})["zeroshot_top1"] == 1  # images stay as they are
