@@ -1,7 +1,7 @@
 """Does a video model that starts from an EVA of pictures need fewer clips than one from scratch? Does it use time?
 
-A camera moves over drawn scenes (or photographs): left, right, up or down. The clips are written as h264 files and
-decoded in training; no picture is in training and test. Every picture comes with every motion, and a clip backwards is
+A camera moves over the photographs of scikit-image (or drawn scenes): left, right, up or down. The clips are written as
+h264 files and decoded in training; no picture is in training and test. Every picture comes with every motion, and a clip backwards is
 its opposite: no frame tells anything, and with its frames shuffled a model can only guess. For each seed the same small
 model sees the same clips in the same order, from scratch and from EVA (`pretrain/claim_init`: pictures of scenes, the
 demo's teacher). Writes an HTML report, a figure and JSON with every value; what is there already is used again, so that
@@ -105,7 +105,7 @@ def pictures(folder: Path) -> Path:
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = Path(args.out)
-    images = Path(motion_clips.PHOTOGRAPHS) if args.photographs else pictures(folder / "pictures")
+    images = pictures(folder / "pictures") if args.scenes else Path(motion_clips.PHOTOGRAPHS)
     options = motion_clips.Options(images=images, num=args.clips, frames=16, size=32, actions=tuple(ACTIONS))
     motion_clips.build(folder / "clips", options, num_workers=args.workers)
     data = [f"data.{part}.0.{key}={folder / 'clips' / file}" for part in ("train", "val")
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     print_tables([*tables, table], console)
     console.print(f"report: {folder / 'report.html'}")
     return {
-        "what": "video_init", "data": "photographs" if args.photographs else "scenes", "clips": args.clips,
+        "what": "video_init", "data": "scenes" if args.scenes else "photographs", "clips": args.clips,
         "actions": ACTIONS, "environment": environment(torch.device("cpu")),
         "seeds": args.seeds, "overrides": args.overrides, "main": MAIN,
         "groups": {group.name: numbers_of(group, groups[0]) for group in groups},
@@ -171,7 +171,7 @@ def draw(file: Path, result: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=3000)
-    parser.add_argument("--photographs", action="store_true", help="those of scikit-image instead of drawn scenes")
+    parser.add_argument("--scenes", action="store_true", help="drawn scenes instead of photographs: harder to learn")
     parser.add_argument("--workers", type=int, default=0, help="processes that write clips")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/video_init", help="folder of the clips, the runs and the report")
