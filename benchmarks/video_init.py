@@ -1,11 +1,11 @@
 """Does a video model that starts from an EVA of pictures need fewer clips than one from scratch? Does it use time?
 
 A camera moves over the photographs of scikit-image (or drawn scenes): left, right, up or down. The clips are written as
-h264 files and decoded in training; no picture is in training and test. Every picture comes with every motion, and a clip backwards is
-its opposite: no frame tells anything, and with its frames shuffled a model can only guess. For each seed the same small
-model sees the same clips in the same order, from scratch and from EVA (`pretrain/claim_init`: pictures of scenes, the
-demo's teacher). Writes an HTML report, a figure and JSON with every value; what is there already is used again, so that
-the same command goes on after a stop.
+h264 files and decoded in training; no picture is in training and test. Every picture comes with every motion, and a
+clip backwards is its opposite: no frame tells anything, and with its frames shuffled a model can only guess. For each
+seed the same small model sees the same clips in the same order, from scratch and from EVA (`pretrain/claim_init`:
+pictures of drawn scenes, the demo's teacher). Writes an HTML report, a figure and JSON with every value; what is there
+already is used again, so that the same command goes on after a stop.
 
     python benchmarks/video_init.py --json benchmarks/results/video_init_cpu.json
     python benchmarks/video_init.py --draw docs/video_init.png benchmarks/results/video_init_cpu.json
