@@ -129,11 +129,12 @@ class _Program(nn.Module):
         super().__init__()
         self.model, self.expects = model, expects
         backbone = backbone_of(model)
-        self.image_size: tuple[int, int] = backbone.image_size
+        frames = () if backbone.num_frames is None else (backbone.num_frames,)
+        self.shape: tuple[int, ...] = (*frames, 3, *backbone.image_size)
         self.normalisation: Normalisation = backbone.normalisation
         self.outputs = ("logits",) if isinstance(model, ImageClassifier) else ("pooled", "patches")
 
-    def forward(self, image: Shaped[Tensor, "B C Y X"]) -> tuple[Tensor, ...]:
+    def forward(self, image: Shaped[Tensor, "B *T C Y X"]) -> tuple[Tensor, ...]:
         mean, std = self.normalisation.mean, self.normalisation.std
         if self.expects == "uint8":
             image = normalise(image, mean, std)
@@ -144,9 +145,9 @@ class _Program(nn.Module):
         features = self.model(image)
         return features.pooled, features.patches
 
-    def example(self, batch: int, seed: int = 0) -> Shaped[Tensor, "B 3 Y X"]:
+    def example(self, batch: int, seed: int = 0) -> Shaped[Tensor, "B *T 3 Y X"]:
         """Random input."""
-        generator, shape = torch.Generator().manual_seed(seed), (batch, 3, *self.image_size)
+        generator, shape = torch.Generator().manual_seed(seed), (batch, *self.shape)
         if self.expects == "uint8":
             return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         return (torch.rand if self.expects == "unit" else torch.randn)(shape, generator=generator)
@@ -158,14 +159,15 @@ class _Program(nn.Module):
             "std": self.normalisation.std, "outputs": self.outputs,
         }  # fmt: skip
         if isinstance(self.model, ImageClassifier):
-            names = class_names(self.model.num_classes, config_of(self.model))
+            videos = self.model.backbone.num_frames is not None
+            names = class_names(self.model.num_classes, config_of(self.model), of_videos=videos)
             facts |= {"class_names": list(names.names), "class_names_from": names.source}
         return json.dumps(facts, ensure_ascii=False)
 
     def describe(self) -> str:
         """The input in words."""
         values = {"normalised": "normalised float32", "unit": "float32 in 0..1", "uint8": "uint8"}[self.expects]
-        return f"image [batch, 3, {self.image_size[0]}, {self.image_size[1]}] ({values}, RGB)"
+        return f"image [batch, {', '.join(map(str, self.shape))}] ({values}, RGB)"
 
 
 _Call = Callable[[Tensor], list[NDArray[np.float32]]]

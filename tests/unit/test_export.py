@@ -53,6 +53,7 @@ EVA_02 = {"rope_grid": 4, "mlp": "swiglu", "sub_norm": "mlp", "positions": "none
         ("cls", {"relative_position": "shared", "layer_scale": 0.5}, "normalised"),
         ("mean", EVA_02, "uint8"),
         ("attention", {"image_size": (32, 48), "norm_order": "post"}, "unit"),
+        ("mean", {"num_frames": 4, "tubelet": 2}, "uint8"),
     ],
 )
 def test_onnx_takes_any_batch_and_gives_the_models_logits(
@@ -63,7 +64,8 @@ def test_onnx_takes_any_batch_and_gives_the_models_logits(
     assert result.files == [tmp_path / "m.onnx"]
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 3, *model.backbone.image_size]
+    frames = [] if model.backbone.num_frames is None else [model.backbone.num_frames]
+    assert session.get_inputs()[0].shape == ["batch", *frames, 3, *model.backbone.image_size]
     given, expected = pixels_and_logits(model, expects)
     torch.testing.assert_close(run_file(tmp_path / "m.onnx", given), expected, rtol=1e-3, atol=1e-3)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["openeva"])
@@ -84,7 +86,8 @@ def test_torch_programs_take_any_batch_and_bytes(tmp_path: Path) -> None:
 def pixels_and_logits(model: ImageClassifier, expects: str) -> tuple[Tensor, Tensor]:
     """Random input of an exported program, and what the model says about it."""
     statistics = model.backbone.normalisation
-    pixels = torch.randint(0, 256, (4, 3, *model.backbone.image_size), dtype=torch.uint8)
+    frames = [] if model.backbone.num_frames is None else [model.backbone.num_frames]
+    pixels = torch.randint(0, 256, (4, *frames, 3, *model.backbone.image_size), dtype=torch.uint8)
     normalised = normalise(pixels, statistics.mean, statistics.std)
     with torch.no_grad():
         return {"uint8": pixels, "unit": pixels / 255, "normalised": normalised}[expects], model(normalised)
