@@ -34,7 +34,7 @@ from openeva.config import validate
 from openeva.data.clips import central_indices
 from openeva.data.motion import draw_motion, render_motion
 from openeva.data.video import Decoder, Video
-from openeva.data.video_resize import Options, resize_video
+from openeva.data.video_resize import Options, resize_folder
 from openeva.data.video_writer import write_video
 from openeva.engine.hardware import environment, memory_gib, peak_flops
 from openeva.engine.optim import OptimConfig, adamw
@@ -54,10 +54,10 @@ TINY = {"width": 32, "depth": 2, "num_heads": 2, "mlp_hidden": 64, "patch_size":
 def drawn_videos(folder: Path, *, tiny: bool) -> list[Path]:
     """A clip of ten seconds as a camera would write it, and made small."""
     size, num_frames = ((72, 128), 40) if tiny else ((720, 1280), 250)
-    large, small = folder / "720p.mp4", folder / "256.mp4"
+    large, small = folder / "raw" / "720p.mp4", folder / "small" / "720p.mp4"
     write_video(large, render_motion(draw_motion(0, 0, num_frames, drift=True), size), fps=25)
-    resize_video(large, small, Options(resize=36 if tiny else 256))
-    return [large, small]
+    resize_folder(large.parent, small.parent, Options(resize="36" if tiny else "256"))
+    return [large, small.rename(small.with_name("256.mp4"))]
 
 
 def read_some(path: Path, decoder: Decoder) -> Callable[[], Any]:
@@ -68,7 +68,7 @@ def read_some(path: Path, decoder: Decoder) -> Callable[[], Any]:
     return read
 
 
-def read_every(path: Path) -> Callable[[], Any]:
+def read_every(path: Path, length: int) -> Callable[[], Any]:
     """What a reader does that cannot skip: every frame is decoded, those that are wanted become pixels."""
 
     def read() -> Any:
@@ -77,7 +77,7 @@ def read_every(path: Path) -> Callable[[], Any]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            wanted = set(central_indices(stream.frames, NUM_FRAMES).tolist())
+            wanted = set(central_indices(length, NUM_FRAMES).tolist())
             return np.stack(
                 [f.to_ndarray(format="rgb24") for n, f in enumerate(container.decode(stream)) if n in wanted]
             )
@@ -98,13 +98,13 @@ def read_decord(path: Path) -> Callable[[], Any]:
 
 
 def measure_reading(path: Path, rounds: int) -> dict[str, Any]:
-    readers: dict[str, Callable[[], Any]] = {OURS: read_some(path, "pyav"), "every frame": read_every(path)}
+    with Video(path).opened() as video:
+        length, shape = video.num_frames, video.frames([0]).shape[1:3]
+    readers: dict[str, Callable[[], Any]] = {OURS: read_some(path, "pyav"), "every frame": read_every(path, length)}
     if importlib.util.find_spec("torchcodec"):
         readers["torchcodec"] = read_some(path, "torchcodec")
     if importlib.util.find_spec("decord"):
         readers["decord"] = read_decord(path)
-    with Video(path).opened() as video:
-        length, shape = video.num_frames, video.frames([0]).shape[1:3]
     facts = {"file": path.name, "frames": length, "size": list(shape), "bytes": path.stat().st_size}
     print(facts, flush=True)
     frames = {name: read() for name, read in readers.items()}

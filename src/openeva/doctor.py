@@ -200,7 +200,7 @@ def _look_at_source(config: ComponentConfig) -> str:
         ValueError: It is empty or not usable.
         OSError: It, or its first sample, cannot be read.
     """
-    from openeva.data.decode import decode, to_rgb
+    from openeva.data.batches import pixels_of_sample
     from openeva.data.labels import has_captions
 
     source = config.build()
@@ -209,7 +209,7 @@ def _look_at_source(config: ComponentConfig) -> str:
     if len(source) == 0:
         raise ValueError("is empty")
     sample = source.read(0)
-    pixels = decode(sample.image) if isinstance(sample.image, bytes) else to_rgb(sample.image)
+    pixels = pixels_of_sample(sample)
     labels = f"{source.num_classes} classes" if source.num_classes else "no labels"
     size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
     texts = (sample.extra or {}).get("captions")

@@ -250,14 +250,14 @@ def _without_local_paths(value: Any) -> Any:
 
 def write_card(facts: _Facts) -> str:
     """The model card: metadata for the hub, then text for people."""
-    classifies = facts.task.get("name") == "classify" or bool(facts.entry and facts.entry.num_classes)
+    classifies = facts.task.get("name") in {"classify", "video"} or bool(facts.entry and facts.entry.num_classes)
     name = facts.repo_id.rsplit("/", 1)[-1]
     resized = bool((facts.converted_from or {}).get("resized"))  # then the published numbers are not of this model
     published = facts.entry.published if facts.entry and not resized else {}
     metadata = ModelCardData(
         license=facts.licence,
         library_name="openeva",
-        pipeline_tag="image-classification" if classifies else "image-feature-extraction",
+        pipeline_tag=_pipeline(facts, classifies),
         tags=["eva", "vision-transformer", "converted" if facts.converted_from else "reproduced"],
         model_name=name if published else None,
         eval_results=[_eval_result(key, accuracy, facts) for key, accuracy in published.items()] or None,
@@ -293,6 +293,22 @@ def _origin(facts: _Facts) -> str:
     return f"**Converted, not trained here**: the weights of the file `{source}`{by}, under the names of openeva."
 
 
+def _sees_videos(facts: _Facts) -> bool:
+    backbone: Mapping[str, Any] = facts.task.get("backbone") or {}
+    return backbone.get("num_frames") is not None
+
+
+def _frames(facts: _Facts) -> str:
+    backbone: Mapping[str, Any] = facts.task.get("backbone") or {}
+    return f"clips of {backbone['num_frames']} frames of " if _sees_videos(facts) else ""
+
+
+def _pipeline(facts: _Facts, classifies: bool) -> str:
+    if _sees_videos(facts):
+        return "video-classification"
+    return "image-classification" if classifies else "image-feature-extraction"
+
+
 def _table(facts: _Facts) -> str:
     backbone: Mapping[str, Any] = facts.task.get("backbone") or {}
     variant = (facts.entry.variant if facts.entry else backbone.get("variant")) or "own dimensions"
@@ -302,7 +318,7 @@ def _table(facts: _Facts) -> str:
         "Architecture": f"{variant}, width {backbone.get('width')}, {backbone.get('depth')} blocks, "
         f"patches of {backbone.get('patch_size')} pixels",
         "Numbers in the file": f"{facts.num_parameters:,}",
-        "Input": f"{size} pixels, {backbone.get('statistics', 'clip')} mean and deviation",
+        "Input": f"{_frames(facts)}{size} pixels, {backbone.get('statistics', 'clip')} mean and deviation",
         "Classes": classes or "none",
         "Teacher of pre-training": facts.teacher,
         "Data": facts.data,
@@ -317,10 +333,11 @@ def _table(facts: _Facts) -> str:
 
 
 def _evaluation(facts: _Facts) -> str:
-    crop = facts.crop
+    crop, seen = facts.crop, "videos" if _sees_videos(facts) else "images"
     protocol = (
         f"Protocol: shorter side resized ({crop.get('interpolation', 'bicubic')}) to the input size divided by "
-        f"{crop.get('crop_pct')}, centre crop, one view."
+        f"{crop.get('crop_pct')}, centre crop, one view"
+        f"{' of each video; published numbers are of 4 clips x 3 crops' if _sees_videos(facts) else ''}."
         if crop
         else "Protocol: not stated."
     )
@@ -341,7 +358,7 @@ def _evaluation(facts: _Facts) -> str:
         step = f" at step {facts.step:,}" if facts.step is not None else ""
         lines += [
             *([""] if lines else []),
-            f"{protocol} Measured by the run itself on its held-out images{step}:",
+            f"{protocol} Measured by the run itself on its held-out {seen}{step}:",
             "",
             "| metric | value |",
             "|---|---|",
@@ -375,7 +392,7 @@ def _eval_result(benchmark: str, accuracy: Accuracy, facts: _Facts) -> EvalResul
     assert facts.entry is not None
     zero_shot = facts.entry.kind == "clip"
     return EvalResult(
-        task_type="zero-shot-image-classification" if zero_shot else "image-classification",
+        task_type="zero-shot-image-classification" if zero_shot else _pipeline(facts, classifies=True),
         dataset_type=benchmark.replace("_", "-"),
         dataset_name=BENCHMARKS.get(benchmark, benchmark),
         metric_type="accuracy",
@@ -387,7 +404,8 @@ def _eval_result(benchmark: str, accuracy: Accuracy, facts: _Facts) -> EvalResul
 
 
 def _usage(facts: _Facts, classifies: bool) -> str:
-    use = 'print(openeva.predict("photo.jpg", weights=folder))' if classifies else (
+    example = "clip.mp4" if _sees_videos(facts) else "photo.jpg"
+    use = f'print(openeva.predict("{example}", weights=folder))' if classifies else (
         'print(openeva.features("photo.jpg", weights=folder).pooled)'
     )  # fmt: skip
     base = (

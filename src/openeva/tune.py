@@ -184,7 +184,8 @@ def _put_in(config: _TuneAdapters, task: Task) -> Adapter:
     called: set[str] = set()
     layers = adapted_layers(backbone)
     hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
-    trace_shapes(backbone, (1, 3, *backbone.image_size))
+    frames = () if backbone.num_frames is None else (backbone.num_frames,)
+    trace_shapes(backbone, (1, *frames, 3, *backbone.image_size))
     for hook in hooks:
         hook.remove()
     if len(called) < len(layers):

@@ -220,7 +220,7 @@ def test_broken_videos_are_skipped_counted_and_named(folder: Path) -> None:
 def test_a_clip_cannot_be_made_of_an_image() -> None:
     maker = BatchMaker(ViewSpec((16, 16), clip=ClipSpec(2)), CENTRE)
     image = Sample(Video(b"").data, "picture.png")  # encoded bytes
-    with pytest.raises(TypeError, match=r"picture\.png is an image"):
+    with pytest.raises(OSError, match=r"an image, but this task sees videos: 'picture\.png'"):
         maker.put(maker.empty(1), 0, image, 0, 0)
     with pytest.raises(ValueError, match="randaugment is for images"):
         BatchMaker(ViewSpec((16, 16), clip=ClipSpec(2)), CropConfig(randaugment="rand-m9-mstd0.5-inc1"))

@@ -190,7 +190,10 @@ class Config(ComponentConfig):
             "rope_grid": self.rope_grid is not None, "dynamic_size": self.dynamic_size,
         }  # fmt: skip
         if found := [key for key, given in without_time.items() if given]:
-            raise ValueError(f"{' and '.join(found)} know no time axis: a model with num_frames has learned positions")
+            raise ValueError(
+                f"{' and '.join(found)} cannot go with num_frames: a model of clips has learned positions and nothing"
+                " else, as EVA-01's image models have (EVA-02 turns q and k by two-dimensional tables)"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -44,6 +44,8 @@ def map_by_names(theirs: Sequence[str], ours: Sequence[str], aliases: Mapping[st
         ours: Names of the wanted classes.
         aliases: Other name -> name, for either.
     """
+    if all(name.isdecimal() for name in ours):  # no names at all
+        return []
     aliases = aliases or {}
     number = {aliases.get(name, name): place for place, name in enumerate(theirs)}
     rows = [number.get(aliases.get(name, name), -1) for name in ours]

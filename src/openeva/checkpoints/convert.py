@@ -82,7 +82,12 @@ def convert(
     weights = _read_known(source, ema)
     report = LoadReport(str(source), weights.described)
     state_dict, dropped = drop_index_buffers(weights.state_dict)
-    from_grid = grid_of_clips(state_dict, num_frames) or weights.grid or infer_grid(state_dict)
+    told_grid = grid_of_clips(state_dict, num_frames)
+    if num_frames is not None and (told_grid is None or weights.grid not in {None, told_grid}):
+        raise ValueError(
+            f"{source}: --num-frames {num_frames} does not fit these weights; leave it out, or give theirs"
+        )
+    from_grid = told_grid or weights.grid or infer_grid(state_dict)
     if to in {"timm", "open_clip"} and state_dict[PATCH_KERNEL].ndim == 5:
         raise ValueError(f"{source} is a model of clips, which {to} has none of; convert it to openeva or official")
     if grid is not None and from_grid is not None:

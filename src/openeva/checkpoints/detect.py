@@ -258,7 +258,7 @@ def infer_grid(state_dict: Mapping[str, Tensor]) -> AnyGrid | None:
 def grid_of_clips(state_dict: Mapping[str, Tensor], num_frames: int | None) -> AnyGrid | None:
     """As `infer_grid` of a model of clips that have so many frames; None for any other, or where they do not fit."""
     kernel, positions = (state_dict.get(f"backbone.{name}") for name in ("patch_embed.proj.weight", "pos_embed"))
-    if num_frames is None or kernel is None or positions is None or kernel.ndim != 5:
+    if num_frames is None or kernel is None or positions is None or kernel.ndim != 5 or num_frames % kernel.shape[2]:
         return None
     return clip_grid(positions.shape[1] - 1, kernel.shape[-1], num_frames // kernel.shape[2])
 

@@ -7,6 +7,7 @@ Nothing is skipped silently: a name or shape that no rule explains is an error, 
 Source: spec section 1.9. Deliberate difference: the official loader is not strict and only prints what does not fit.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,7 +137,12 @@ class Weights:
     def described(self) -> str:
         """The layout in words, and whether the averaged weights of a training checkpoint were taken."""
         averaged = self.file is not None and EMA_WRAPPER in self.file.keys
-        return f"{self.layout}, averaged weights" if averaged else str(self.layout)
+        guessed = infer_grid(self.state_dict) if self.grid is None else None
+        told = f"{self.layout}, averaged weights" if averaged else str(self.layout)
+        if guessed is None or len(guessed) < 3:
+            return told
+        size = f"{guessed[0]} time slots of {guessed[1]} x {guessed[2]} patches"
+        return f"{told}; nothing says how large its clips are, taken for {size}"
 
 
 def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
@@ -423,12 +429,16 @@ def _grids(
 ) -> tuple[AnyGrid | None, AnyGrid | None]:
     """Grids of the weights and of the model, None where they cannot be told.
 
-    A grid that is only guessed to be square is not believed where the model's is not square and has as many patches.
+    A grid that is only guessed to be square is not believed where the model's is not square and has as many patches;
+    one of clips that is only guessed, where the model's has as many patches in other slots.
     """
     wanted = grid or infer_grid(expected)
     guessed = infer_grid(given)
-    if guessed and wanted and wanted[0] != wanted[1] and guessed[0] * guessed[1] == wanted[0] * wanted[1]:
-        guessed = None
+    if guessed and wanted and len(guessed) == len(wanted) and math.prod(guessed) == math.prod(wanted):
+        if len(wanted) == 3:
+            guessed = wanted
+        elif wanted[0] != wanted[1]:
+            guessed = None
     return source_grid or guessed, wanted
 
 

@@ -35,7 +35,7 @@ from openeva.data.decode import RGB, decode, to_rgb
 from openeva.data.mixture import Mixture, Streams
 from openeva.data.sampler import Order, seed_of, seeds_of
 from openeva.data.sources.base import Sample
-from openeva.data.video import Video
+from openeva.data.video import Video, VideoError
 from openeva.data.views import Crop, CropConfig, ViewSpec
 
 Batch = dict[str, Any]
@@ -129,7 +129,7 @@ class BatchMaker:
     def _clip(self, sample: Sample, clip: ClipSpec, rng: random.Random) -> UInt8[Tensor, "*V T 3 Y X"]:
         """All views of a video: the frames that they need are decoded once."""
         if not isinstance(sample.image, Video):
-            raise TypeError(f"{sample.name} is an image, but this task sees videos; give a source of videos")
+            raise VideoError("an image, but this task sees videos", sample.name)
         with sample.image.opened() as video:
             indices = clip.indices(video.num_frames, rng)
             frames_TYXC = video.frames(indices.flatten())

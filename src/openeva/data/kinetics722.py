@@ -170,7 +170,7 @@ def opening_problem(path: str) -> str:
     import av
 
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="ignore") as container:
             return "" if container.streams.video else "it has no pictures"
     except (av.FFmpegError, OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)

@@ -91,6 +91,8 @@ class Mixup:
         Raises:
             ValueError: It cannot: their number is odd.
         """
+        if self.config.active and num_images < 2:
+            raise ValueError("mixup and cutmix mix the images of a batch, and there is one: raise run.micro_batch")
         if self.config.active and num_images % 2 and self.config.partners == "reversed":
             raise ValueError(
                 f"mixup and cutmix pair the images of a batch, and {num_images} is odd: choose an even"

@@ -25,7 +25,7 @@ from PIL import Image
 
 from openeva.data.decode import RGB
 
-VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", "m4v", "mpg", "mpeg")
+VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp")
 
 Decoder = Literal["pyav", "torchcodec"]
 Frames = npt.NDArray[np.uint8]
@@ -126,7 +126,8 @@ class Video:
         import av
 
         try:
-            with av.open(str(self.data) if isinstance(self.data, Path) else io.BytesIO(self.data)) as container:
+            place: Any = str(self.data) if isinstance(self.data, Path) else io.BytesIO(self.data)
+            with av.open(place, metadata_errors="ignore") as container:  # titles need not be UTF-8
                 yield _PyAvVideo(container, self)
         except av.FFmpegError as error:
             if isinstance(self.data, Path) and not self.data.stat().st_size:
@@ -166,6 +167,8 @@ class _PyAvVideo(_Timed):
             sound = ", only sound" if container.streams.audio else ""
             raise VideoError(f"it has no moving pictures{sound}", self._name)
         self._stream = streams[0]
+        if self._stream.codec_context is None:
+            raise VideoError("its codec is not known to this FFmpeg", self._name)
         self._stream.codec_context.thread_count = video.threads
         self._one_by_one = video.threads == 1  # threads decode ahead of what can be said of each packet
         if not self._one_by_one:
@@ -235,7 +238,15 @@ class _PyAvVideo(_Timed):
         wanted, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(self._pts):
             raise ValueError(f"frames {list(indices)} of a video of {len(self._pts)}")
-        return np.stack(list(self._decoded(self._pts[wanted])))[place]
+        found: Frames | None = None
+        for number, pixels_YXC in enumerate(self._decoded(self._pts[wanted])):
+            if found is None:
+                found = np.empty((len(wanted), *pixels_YXC.shape), np.uint8)
+            if found.shape[1:] != pixels_YXC.shape:
+                raise VideoError("its frames change their size", self._name)
+            found[number] = pixels_YXC
+        assert found is not None
+        return found if len(place) == len(wanted) and (np.diff(place) > 0).all() else found[place]
 
     def _decoded(self, wanted: npt.NDArray[np.int64]) -> Iterator[RGB]:
         """The frames that are on screen at some times, which rise."""

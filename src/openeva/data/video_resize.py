@@ -289,11 +289,13 @@ def _convert(path: Path, target: Path, options: Options, threads: int) -> None:
     import av
     from av.video.reformatter import VideoReformatter
 
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="ignore") as container:
         cover = av.stream.Disposition.attached_pic
         stream: Any = next((one for one in container.streams.video if not one.disposition & cover), None)
         if stream is None:
             raise BrokenInputError("it has no moving pictures")
+        if stream.codec_context is None:
+            raise BrokenInputError("its codec is not known to this FFmpeg")
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         reformatter = VideoReformatter()
         frames = _timed(_decoded(container, stream), stream)

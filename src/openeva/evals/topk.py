@@ -15,6 +15,7 @@ from pydantic import Field
 
 from openeva.config import Source as SourceField
 from openeva.data.clips import ViewsConfig
+from openeva.data.kinetics_classes import canonical
 from openeva.data.labels import has_videos
 from openeva.data.views import CropConfig
 from openeva.evals.base import OwnImages, Tally, check_classes, own_crop, view_of
@@ -74,7 +75,17 @@ class TopK:
                 )
             rows = getattr(self._source, "rows", None)
             check_classes(task, 1000 if rows else self._source.num_classes, self.config.name)
-            theirs, ours = list(getattr(self._source, "class_names", ())), list(task.class_names)
+            theirs, ours = (
+                [canonical(name) for name in names]
+                for names in (getattr(self._source, "class_names", ()), task.class_names)
+            )
+            named = theirs and not any(all(name.isdecimal() for name in names) for names in (theirs, ours))
+            if view.clip is not None and named and set(theirs) != set(ours):
+                other = next(name for name in theirs + ours if (name in theirs) != (name in ours))
+                raise ValueError(
+                    f"evaluation {self.config.name}: the videos' classes are not the model's: {other!r} is only one of"
+                    " the two; evaluate videos of its classes, or leave out their names"
+                )
             if rows is None and theirs != ours and set(theirs) == set(ours):
                 raise ValueError(
                     f"evaluation {self.config.name}: the images' classes are the model's in another order"

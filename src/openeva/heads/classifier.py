@@ -8,6 +8,7 @@ backbone then has no final norm of its own); "cls" takes the cls token after the
 ours: a learned query looks at the patch tokens, the usual attentive probe of masked pre-training.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -39,8 +40,8 @@ def over_views(classify: Callable[[Tensor], Tensor], image: Shaped[Tensor, "B *v
     """
     if image.ndim < 6:
         return classify(image)
-    probability_BV = sum(classify(view).float().softmax(dim=-1) for view in image.unbind(1))
-    return (cast("Tensor", probability_BV) / image.shape[1]).log()
+    log_WBV = torch.stack([classify(view).float().log_softmax(dim=-1) for view in image.unbind(1)])
+    return log_WBV.logsumexp(dim=0) - math.log(image.shape[1])
 
 
 class AttentionPooling(nn.Module):

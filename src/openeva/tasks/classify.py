@@ -87,6 +87,8 @@ class Config(TaskConfig):
 
     @model_validator(mode="after")
     def _several_classes(self) -> "Config":
+        if self.name == "classify" and getattr(self.backbone, "num_frames", None) is not None:
+            raise ValueError("a model of clips is for task video; set task.name=video, or num_frames: null")
         if self.num_classes != "auto" and self.num_classes < 2:
             raise ValueError(f"num_classes {self.num_classes}: a classifier needs two classes or more")
         if self.probe_first and (self.pooling == "attention" or self.batch_norm):

@@ -50,8 +50,9 @@ class Config(ClassifyConfig):
             raise ValueError("task video needs a model of clips: set task.backbone.num_frames, such as 8 or 16")
         if self.erasing.prob:
             raise ValueError("random erasing is for images: set task.erasing.prob=0")
-        if self.class_map is not None and self.init_from is None:
-            raise ValueError("class_map chooses classes of the classifier in init_from, which is not given")
+        for key in ("class_map", "init_frames"):
+            if getattr(self, key) is not None and self.init_from is None:
+                raise ValueError(f"{key} speaks of the weights in init_from, which is not given")
         return self
 
     def fit_to(self, train: Mixture | Streams, val: Mixture | None) -> "Config":
@@ -97,7 +98,7 @@ class VideoTask(ClassifyTask):
         weights = super().weights_to_start_from(address)
         if self.config.init_frames is not None:
             grid = grid_of_clips(weights.state_dict, self.config.init_frames)
-            if grid is None:
+            if grid is None or weights.grid not in {None, grid}:
                 raise ValueError(f"init_frames {self.config.init_frames} does not fit the weights of {address}")
             weights = replace(weights, grid=grid)
         if not self.config.init_head:

@@ -5,6 +5,7 @@ path -> `Video` -> `Sample`; what sees images gets the frame in the middle, what
 Source: clip_and_eva02 section 3.2: zero-shot on UCF-101 and Kinetics takes one centre frame per video.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ class Config(SourceConfig):
     """Videos in class folders."""
 
     name: Literal["video_folder"] = "video_folder"
-    root: Path = Field(description="folder with a folder of videos per class")
+    root: Path = Field(description="folder with a folder of videos per class, at any depth in it")
     list_file: Path | None = Field(
         None, description="file with a line `class/video` for each to take (UCF-101's testlist01.txt); all if left out"
     )
@@ -42,7 +43,7 @@ class Config(SourceConfig):
             raise ConfigError([*problems, f"video_folder: root {root} does not exist; say where the videos are"])
         wanted = {extension.removeprefix(".").lower() for extension in self.extensions}
         folders = sorted(place for place in root.iterdir() if place.is_dir() and not place.name.startswith("."))
-        files = {place.name: sorted(file.name for file in place.iterdir()) for place in folders}
+        files = {place.name: _files_below(place) for place in folders}
         found = {
             name: [file for file in inside if file.rpartition(".")[2].lower() in wanted]
             for name, inside in files.items()
@@ -64,6 +65,12 @@ class Config(SourceConfig):
         if problems:
             raise ConfigError(problems)
         return VideoFolder(root, classes, videos, self.decoder)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names of all files at any depth, relative to the folder, sorted."""
+    found = (Path(place).relative_to(folder) / name for place, _, names in os.walk(folder) for name in names)
+    return sorted(path.as_posix() for path in found)
 
 
 def _listed(file: Path) -> list[str]:
