@@ -9,11 +9,13 @@ from torch import Tensor
 
 import openeva
 from openeva.backbones.vit import Config
+from openeva.checkpoints.class_map import map_by_names
 from openeva.checkpoints.convert import convert
 from openeva.checkpoints.detect import clip_grid, infer_vit_config
-from openeva.checkpoints.load import read_weights
+from openeva.checkpoints.load import load_into, read_weights
 from openeva.checkpoints.native import read_native
 from openeva.checkpoints.official import to_official
+from openeva.data.kinetics_classes import ALIASES
 from openeva.heads.classifier import ImageClassifier
 
 WIDTH = {"width": 64, "depth": 2, "num_heads": 1, "mlp_hidden": 96}
@@ -84,8 +86,6 @@ def test_models_of_clips_have_no_place_elsewhere(tmp_path: Path) -> None:
             convert(tmp_path / "video.safetensors", tmp_path / "out.safetensors", to)  # type: ignore[arg-type]
     weights = read_weights(tmp_path / "video.safetensors")
     image = Config(**{**CLIPS, "num_frames": None}).build()
-    from openeva.checkpoints.load import load_into
-
     with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight"):
         load_into(image, weights, part="backbone", fresh=("mask_token",))
 
@@ -104,3 +104,38 @@ def test_an_official_name_says_how_many_frames(tmp_path: Path, monkeypatch: pyte
     weights = read_weights(pretrained.resolve("eva_video_k400"))
     assert weights.grid == (4, 2, 2)
     assert infer_vit_config(weights.state_dict, grid=weights.grid)["num_frames"] == 4
+
+
+def test_a_guess_about_clips_gives_way_to_the_model(tmp_path: Path) -> None:
+    """8 frames of 112 pixels have as many patches as 2 of the usual 224: nothing is resized, and a guess is told."""
+    changes = {"patch_size": 14, "image_size": 112, "num_frames": 8}
+    save_file(official(**changes), tmp_path / "video.safetensors")
+    weights = read_weights(tmp_path / "video.safetensors")
+    assert "taken for 2 time slots of 16 x 16 patches" in weights.described
+    model = ImageClassifier(Config(**{**CLIPS, **changes}).build(), 5)
+    report = load_into(model, weights, grid=model.backbone.token_grid)
+    assert report.resized == {}
+    assert torch.equal(model.backbone.pos_embed, weights.state_dict["backbone.pos_embed"])
+
+
+def test_an_image_model_may_have_as_many_patches_as_a_clip() -> None:
+    """8 x 8 patches of an image, 4 slots of 16 x 16: each has its own grid."""
+    image = Config(**{**CLIPS, "num_frames": None, "patch_size": 28}).build()
+    clips = Config(**{**CLIPS, "patch_size": 14, "num_frames": 4}).build()
+    state_dict = {f"backbone.{name}": tensor for name, tensor in image.state_dict().items()}
+    report = load_into(clips, state_dict, part="backbone", grid=clips.token_grid)
+    assert "grid 8x8 -> 4x16x16" in " ".join(report.lines())
+
+
+def test_numbers_are_no_names_of_classes() -> None:
+    assert map_by_names(["grow", "jump", "run"], ["run", "grow"]) == [2, 0]
+    assert map_by_names(["a", "changing wheel (not on bike)"], ["changing wheel"], ALIASES) == [1]
+    assert map_by_names(["0", "1", "2"], ["0", "1"]) == []
+    assert map_by_names(["a", "b"], ["a", "c"]) == []
+
+
+@pytest.mark.parametrize(("num_frames", "tubelet"), [(5, 2), (6, 1)])
+def test_frames_that_do_not_fit_are_refused(num_frames: int, tubelet: int, tmp_path: Path) -> None:
+    save_file(official(tubelet=tubelet), tmp_path / "video.safetensors")
+    with pytest.raises(ValueError, match=f"num-frames {num_frames} does not fit"):
+        convert(tmp_path / "video.safetensors", tmp_path / "model", "openeva", num_frames=num_frames)

@@ -228,3 +228,11 @@ def test_groups_and_schedule(case: Case) -> None:
         for step, value in one["points"]:
             if step != "initial" and step < total:
                 assert schedule.at(step) == pytest.approx(value, rel=1e-9, abs=1e-20), step
+
+
+def test_a_sure_and_wrong_view_costs_a_finite_loss() -> None:
+    logits_WV = torch.tensor([[200.0, 0.0], [300.0, 0.0]])
+    views = iter(logits_WV[:, None])
+    found = over_views(lambda _: next(views), torch.zeros(1, 2, 1, 3, 4, 4))
+    assert found.isfinite().all()
+    assert found[0, 1].item() == pytest.approx(-200 - np.log(2), abs=1e-3)

@@ -207,3 +207,26 @@ def test_a_missing_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     assert "openeva[video]" in (decoder_problem("pyav") or "")
     monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
     assert "pip install torchcodec" in (decoder_problem("torchcodec") or "")
+
+
+def test_titles_need_not_be_readable(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "TITLETITLE"
+        stream: Any = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 32, 32
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    content = path.read_bytes()
+    assert b"TITLETITLE" in content
+    path.write_bytes(content.replace(b"TITLETITLE", b"\xff\xfe\xe9\xe8LETITL"))
+    assert read(path, [0]).shape == (1, 32, 32, 3)
+
+
+def test_frames_that_change_their_size_are_an_error_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([(48, 64, 3), (48, 64, 3), (24, 64, 3)])
+    monkeypatch.setattr(video_module, "_upright_rgb", lambda *_: np.zeros(next(sizes), np.uint8))
+    with pytest.raises(VideoError, match=r"change their size: .*a\.mp4"):
+        read(write(tmp_path / "a.mp4"), [0, 1, 2])
