@@ -21,6 +21,10 @@ from openeva.train import Recipe, dry_run, train
 ACTIONS = ("grow", "move_left", "move_right")
 SAME = ("loss", "grad_norm", "top1", "held_out_loss", "views_top1", "views_held_out_loss", "shuffled_top1")
 CLIPS = {**STUDENT, "num_frames": 4, "tubelet": 2}
+OTHER_TASKS = {
+    "classify": {"name": "classify"}, "pretrain": BASE["task"],
+    "clip": {"name": "clip", "embed_dim": 16, "text": {"width": 16, "num_heads": 2, "depth": 1}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +157,13 @@ def test_what_cannot_be_trained_is_told_before(videos: Path, tmp_path: Path) -> 
         video(tmp_path, videos, "task.backbone.num_frames=null", "task.backbone.tubelet=1")
     with pytest.raises(ConfigError, match="random erasing is for images"):
         video(tmp_path, videos, "task.erasing.prob=0.5")
-    with pytest.raises(ConfigError, match="rope_grid know no time axis"):
+    with pytest.raises(ConfigError, match="rope_grid cannot go with num_frames"):
         video(tmp_path, videos, "task.backbone.rope_grid=4")
     with pytest.raises(ConfigError, match="num_frames 5 is not a multiple of tubelet 2"):
         video(tmp_path, videos, "task.backbone.num_frames=5")
+    for name in ("classify", "pretrain", "clip"):
+        with pytest.raises(ConfigError, match="model of clips|sees images"):
+            video(tmp_path, videos, f"task={json.dumps({**OTHER_TASKS[name], 'backbone': CLIPS})}")
     images = {"name": "scenes", "num_images": 8}
     with pytest.raises(ConfigError, match=r"data\.train\.0 has no videos"):
         dry_run(video(tmp_path, videos, f"data.train=[{json.dumps(images)}]"))

@@ -107,6 +107,8 @@ class ClipConfig(Config):
 
     @model_validator(mode="after")
     def _one_joint_space(self) -> "ClipConfig":
+        if getattr(self.backbone, "num_frames", None) is not None:
+            raise ValueError("the image tower of a CLIP sees images: leave out num_frames")
         projection = getattr(self.backbone, "projection", self.embed_dim)
         if isinstance(projection, int) and not isinstance(projection, bool) and projection != self.embed_dim:
             raise ValueError(f"backbone.projection {projection} is not embed_dim {self.embed_dim}; leave it out")

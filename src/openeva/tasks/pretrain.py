@@ -57,6 +57,8 @@ class Config(ComponentConfig):
 
     @model_validator(mode="after")
     def _counts_are_equal(self) -> "Config":
+        if getattr(self.backbone, "num_frames", None) is not None:
+            raise ValueError("pre-training sees images: leave out task.backbone.num_frames")
         if isinstance(self.decoder, MaeDecoderConfig) and not self.masking.equal_counts:
             raise ValueError(
                 f"decoder mae leaves hidden patches out, so that each image must have equally many; masking"
