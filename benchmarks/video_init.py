@@ -148,7 +148,7 @@ def draw(file: Path, result: Path) -> None:
     from matplotlib import pyplot as plt
 
     record = json.loads(result.read_text())
-    figure, panel = plt.subplots(figsize=(6.4, 3.6))
+    figure, panel = plt.subplots(figsize=(6.4, 4.1))
     for name, found in record["groups"].items():
         for metric, style, title in (("top1", "-", ""), ("shuffled_top1", ":", ", frames shuffled")):
             curves = np.array(found[metric]["curves"])  # [seeds, points, 2]
@@ -163,7 +163,7 @@ def draw(file: Path, result: Path) -> None:
     panel.set_xlim(left=0)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=9)
+    panel.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
