@@ -131,6 +131,9 @@ def test_few_frames_need_few_to_be_decoded(tmp_path: Path, monkeypatch: pytest.M
     decoded.clear()
     read(reordered, [11])
     assert len(decoded) < 8  # of 12: those that no other frame needs are left out
+    decoded.clear()
+    read(reordered, [38])
+    assert len(decoded) < 6  # from the key frame at 36, not from the one before it
 
 
 def test_times_follow_the_file_not_its_average_rate(tmp_path: Path) -> None:

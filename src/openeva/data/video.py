@@ -279,8 +279,9 @@ class _PyAvVideo(_Timed):
 
     def _from_key_frame(self, key: int | None, wanted: set[int]) -> Iterator[Any]:
         """Frames from a key frame on; from the first where there is none, or where seeking does not find it."""
-        if key:
-            self._container.seek(int(self._key_dts[key]), stream=self._stream)
+        # some formats find key frames by when they are shown, others by when they are decoded, which is earlier
+        for time in (self._keys[key], self._key_dts[key]) if key else ():
+            self._container.seek(int(time), stream=self._stream)
             frames = self._decode(wanted | {int(self._keys[key])})
             first = next(frames, None)
             if first is not None and first.pts is not None and first.pts <= self._keys[key]:
