@@ -244,7 +244,9 @@ def find_recipe(name: str) -> Path:
         return recipe_folder() / f"{matches[0]}.yaml"
     if matches:
         raise ConfigError([f"recipe {name!r} is ambiguous: {', '.join(matches)}"])
-    hint = did_you_mean(name, known) or did_you_mean(name, [r.rsplit("/", 1)[-1] for r in known])
+    stems = [recipe.rsplit("/", 1)[-1] for recipe in known]
+    first, second = (known, stems) if "/" in name else (stems, known)
+    hint = did_you_mean(name, first) or did_you_mean(name, second)
     raise ConfigError([f"unknown recipe {name!r}{hint} (shipped: {', '.join(known)}; or give a path ending in .yaml)"])
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_trained_is_told_before(videos: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="num_frames 5 is not a multiple of tubelet 2"):
         video(tmp_path, videos, "task.backbone.num_frames=5")
     for name in ("classify", "pretrain", "clip"):
-        with pytest.raises(ConfigError, match="model of clips|sees images"):
+        with pytest.raises(ConfigError, match=r"model of clips|sees images"):
             video(tmp_path, videos, f"task={json.dumps({**OTHER_TASKS[name], 'backbone': CLIPS})}")
     images = {"name": "scenes", "num_images": 8}
     with pytest.raises(ConfigError, match=r"data\.train\.0 has no videos"):

@@ -345,6 +345,7 @@ def test_an_interrupted_check_keeps_what_it_found(videos: Path) -> None:
             assert lines(videos / "out/k400_val.txt")  # written before
             signal.raise_signal(signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     last = 3
     with pytest.raises(KeyboardInterrupt):
         made_of(videos, check=True, watch=interrupt)
