@@ -2,13 +2,16 @@
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openeva.engine.hardware import memory_gib
 from openeva.engine.precision import Precision
 from openeva.tasks.base import Task
 
@@ -125,3 +128,26 @@ def summary(seconds: Mapping[str, list[float]], peers: Mapping[str, str], images
         shown = "  ".join(f"{name} {value:.2f}x" for name, value in ratios.items())
         print(f"{label:34s} {median:8.4f} s  {images / median:8.1f} images/s  {shown}")
     return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def peak_of(command: list[str]) -> float:
+    """GiB that a process prints by `print_peak`."""
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def print_peak(build: Callable[[], Callable[[], Any]], device: torch.device) -> None:
+    """GiB that two steps take, beyond what this process had before they were built."""
+    before = 0.0 if device.type == "cuda" else resident_gib()
+    step = build()
+    for _ in range(2):
+        step()
+    print(memory_gib(device) if device.type == "cuda" else resident_gib() - before)
+
+
+def resident_gib() -> float:
+    """Most memory that this process has had so far; unlike `getrusage`, without that of the process that started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20

@@ -209,6 +209,25 @@ def _plain(value: Value | None) -> dict[str, Any] | None:
     return None if value is None else {"mean": value.mean, "std": value.std, "n": value.n}
 
 
+def draw_curves(panel: Any, curves: list[Any], colour: str, label: str, style: str = "-") -> None:
+    """Mean and range over seeds, in percent, against thousands of samples."""
+    found = np.array(curves)  # [seeds, points, 2]
+    samples, values = found[0, :, 0] / 1000, 100 * found[:, :, 1]
+    panel.plot(samples, values.mean(0), style, color=colour, label=label, linewidth=1.8)
+    panel.fill_between(samples, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def finish_panel(panel: Any, title: str, seen: str) -> None:
+    """Title, axes and grid."""
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel(seen, fontsize=9)
+    panel.set_ylabel("%", fontsize=9)
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def draw(file: Path, results: Sequence[Path]) -> None:
     """A figure: a row per data set, a panel per metric."""
     mpl.use("Agg")
@@ -222,17 +241,8 @@ def draw(file: Path, results: Sequence[Path]) -> None:
             panel.axis("off")
         for metric, panel in zip(record["main"][:width], row, strict=False):
             for name, found in record["groups"].items():
-                curves = np.array(found[metric]["curves"])  # [seeds, points, 2]
-                samples, values = curves[0, :, 0] / 1000, 100 * curves[:, :, 1]
-                panel.plot(samples, values.mean(0), color=COLOURS[name], label=name, linewidth=1.8)
-                panel.fill_between(samples, values.min(0), values.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
-            panel.set_title(f"{record['data']}: {metric.replace('_', ' ')}", fontsize=10)
-            panel.set_xlabel("thousand pairs seen", fontsize=9)
-            panel.set_ylabel("%", fontsize=9)
-            panel.set_ylim(bottom=0)
-            panel.set_xlim(left=0)
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
+                draw_curves(panel, found[metric]["curves"], COLOURS[name], name)
+            finish_panel(panel, f"{record['data']}: {metric.replace('_', ' ')}", "thousand pairs seen")
     lines = {label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=len(lines), frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))

@@ -10,7 +10,6 @@ memory; writes JSON with the machine's name.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 
-from alternate import alternate, summary
+from alternate import alternate, peak_of, print_peak, summary
 from clips import flops, make_batch, open_clip_step, open_clips, our_step, ours, same_size, variants
-from openeva.engine.hardware import environment, memory_gib
+from openeva.engine.hardware import environment
 from openeva.engine.precision import Precision
 
 BATCHES = {"eva_clip_ti_16": 32, "eva02_clip_b_16": 8, "eva01_clip_g_14": 2}
@@ -48,23 +47,12 @@ def peak_memory(name: str, contender: str, batch_size: int, precision: Precision
         sys.executable, __file__, "--models", name, "--memory-of", contender, "--batch", str(batch_size),
         "--precisions", precision.name, "--device", str(device), "--threads", str(torch.get_num_threads()),
     ]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(found.stdout.splitlines()[-1])
+    return peak_of(command)
 
 
 def print_memory(name: str, contender: str, batch_size: int, precision: Precision) -> None:
     """What `peak_memory` reads: this is its process."""
-    before = 0.0 if precision.device.type == "cuda" else resident_gib()
-    step = build(name, contender, batch_size, precision)
-    for _ in range(2):
-        step()
-    print(memory_gib(precision.device) if precision.device.type == "cuda" else resident_gib() - before)
-
-
-def resident_gib() -> float:
-    """Most memory that this process has had so far; unlike `getrusage`, without that of the process that started it."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+    print_peak(lambda: build(name, contender, batch_size, precision), precision.device)
 
 
 def measure(name: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:

@@ -16,7 +16,6 @@ with recomputed activations: clips/s, utilisation, peak memory.
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alternate import alternate, free, summary, synchronise, task_step, time_steps
-from clip_step import resident_gib
+from alternate import alternate, free, peak_of, print_peak, summary, synchronise, task_step, time_steps
 from gpu import OfficialAttention, official_step
 from openeva.config import validate
 from openeva.data.clips import central_indices
@@ -154,7 +152,7 @@ def measure_step_on_cpu(args: argparse.Namespace, precision_name: str) -> dict[s
     for row in rows:
         command = [sys.executable, __file__, "--memory-of", row["step"], "--batch", str(args.batch)]
         command += ["--precisions", precision_name, *(["--tiny"] if args.tiny else [])]
-        row["peak_gib"] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        row["peak_gib"] = peak_of(command)
         row["gflops_per_s"] = task.flops_per_sample() * row["images_per_s"] / 1e9
         print(f"{row['step']:34s} {row['peak_gib']:8.2f} GiB at most", flush=True)
     tokens = 1 + task.config.backbone.slots * task.backbone.grid[0] * task.backbone.grid[1]
@@ -227,12 +225,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.memory_of:
-        before = resident_gib()
         backbone, precision = TINY if args.tiny else CPU_MODEL, Precision(args.precisions[0], device)
-        step = make_step(args.memory_of, backbone, args.batch, precision)
-        for _ in range(2):
-            step()
-        print(resident_gib() - before)
+        print_peak(lambda: make_step(args.memory_of, backbone, args.batch, precision), device)
         return
     record: dict[str, Any] = {"what": "video", "environment": environment(device), "reading": [], "training": []}
     if "read" in args.parts:

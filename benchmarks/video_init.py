@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from claim_init import costs, numbers_of
+from claim_init import costs, draw_curves, finish_panel, numbers_of
 from openeva.checkpoints.native import is_complete
 from openeva.config import load_config
 from openeva.data import motion_clips
@@ -151,18 +151,9 @@ def draw(file: Path, result: Path) -> None:
     figure, panel = plt.subplots(figsize=(6.4, 4.1))
     for name, found in record["groups"].items():
         for metric, style, title in (("top1", "-", ""), ("shuffled_top1", ":", ", frames shuffled")):
-            curves = np.array(found[metric]["curves"])  # [seeds, points, 2]
-            samples, values = curves[0, :, 0] / 1000, 100 * curves[:, :, 1]
-            panel.plot(samples, values.mean(0), style, color=COLOURS[name], label=name + title, linewidth=1.8)
-            panel.fill_between(samples, values.min(0), values.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
+            draw_curves(panel, found[metric]["curves"], COLOURS[name], name + title, style)
     panel.axhline(100 / len(record["actions"]), color="#b0b6c0", linewidth=0.8)
-    panel.set_title("Which way does the camera move? Held-out clips, three seeds", fontsize=10)
-    panel.set_xlabel("thousand clips seen", fontsize=9)
-    panel.set_ylabel("%", fontsize=9)
-    panel.set_ylim(0, 100)
-    panel.set_xlim(left=0)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
+    finish_panel(panel, "Which way does the camera move? Held-out clips, three seeds", "thousand clips seen")
     panel.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

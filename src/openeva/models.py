@@ -39,6 +39,11 @@ _DEFAULTS = {key: field.default for key, field in Config.model_fields.items()}
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 CLIP_CROP = CropConfig(scale=(0.9, 1.0), hflip=0.0)
 """Of the official CLIP training, which neither mirrors nor changes colours."""
+VIDEO_CROP = CropConfig(
+    kind="multiscale", interpolation="bilinear", antialias=False, color_jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8,
+    grey_prob=0.2,
+)  # fmt: skip
+"""Of the official training on videos."""
 OFFICIAL_EVALUATION = CropConfig(kind="center", hflip=0.0, crop_pct=1.0)
 """The whole shorter side, bicubic."""
 
@@ -66,7 +71,7 @@ class Transforms:
 
     Attributes:
         train: Random crop, mirroring, RandAugment, normalisation: that of the official fine-tuning recipes; for a CLIP
-            the crop of its training alone.
+            the crop of its training alone; for a model of clips what each of their frames gets.
         evaluate: What `openeva evaluate` and `openeva predict` do with these weights.
     """
 
@@ -188,7 +193,11 @@ def transforms_for(model: Backbone | ImageClassifier | ClipModel) -> Transforms:
     backbone = model if isinstance(model, Backbone) else model.backbone
     origin = getattr(model, "origin", None) or getattr(backbone, "origin", None) or Origin()
     statistics = backbone.normalisation
-    train = CLIP_CROP if isinstance(model, ClipModel) else CropConfig(scale=(0.08, 1.0), randaugment=RANDAUGMENT)
+    train = CropConfig(scale=(0.08, 1.0), randaugment=RANDAUGMENT)
+    if isinstance(model, ClipModel):
+        train = CLIP_CROP
+    elif backbone.num_frames is not None:
+        train = VIDEO_CROP
     return Transforms(
         train=Transform(train, backbone.image_size, statistics.mean, statistics.std),
         evaluate=Transform(origin.crop, backbone.image_size, statistics.mean, statistics.std),

@@ -57,6 +57,18 @@ def test_views_are_the_same_every_time_but_for_the_official_ones() -> None:
     assert np.array_equal(official.indices(300, random.Random(3)), official.indices(300, random.Random(3)))
 
 
+def test_official_views_have_a_seed(folder: Path) -> None:
+    source = validate(video_folder.Config, {"root": folder}).build()
+
+    def seen(seed: int) -> Any:
+        views = ViewsConfig(num_clips=4, sampling="official_random", seed=seed)
+        return next(iter(loader(source, views.spec(2))))["image"]
+
+    assert torch.equal(seen(0), seen(0))
+    assert torch.equal(seen(1), seen(1))
+    assert not torch.equal(seen(0), seen(1))
+
+
 def test_shuffled_frames_are_the_same_in_another_order() -> None:
     plain, shuffled = (ClipSpec(16, shuffled=s).indices(300, random.Random(0)) for s in (False, True))
     assert not np.array_equal(plain, shuffled)

@@ -102,6 +102,7 @@ class BatchMaker:
         captions = [] if self.spec.tokenizer is None else _captions_of(sample)
         rng = random.Random(seed)
         if self.spec.clip is not None:
+            rng = random.Random(seed_of(seed, clip_seed)) if (clip_seed := self.spec.clip.seed) else rng
             batch["image"][row] = self._clip(sample, self.spec.clip, rng)
             crop = None
         else:

@@ -33,17 +33,19 @@ class ViewsConfig(Config):
             portrait video).
         sampling: Frames of a clip: "central" = in the middle of each segment, several clips evenly around it;
             "official_random" = one of each segment by chance, as the tests of the paper had it.
+        seed: Another one, other draws.
         shuffled: Frames in random order: what a model still knows then, it does not know from time.
     """
 
     num_clips: int = Field(1, gt=0)
     num_crops: Literal[1, 3] = 1
     sampling: Literal["central", "official_random"] = "central"
+    seed: int = Field(0, ge=0)
     shuffled: bool = False
 
     def spec(self, num_frames: int) -> "ClipSpec":
         """For a model of clips of so many frames."""
-        return ClipSpec(num_frames, self.sampling, self.num_clips, self.num_crops, self.shuffled)
+        return ClipSpec(num_frames, self.sampling, self.num_clips, self.num_crops, self.shuffled, self.seed)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ClipSpec:
         num_clips: C, clips per video.
         num_crops: 1, or 3 = left, right and middle of a landscape video (top, bottom and middle of a portrait one).
         shuffled: Frames of a clip in random order: what a model still knows then, it does not know from time.
+        seed: Of what is drawn, beside that of the sample.
     """
 
     num_frames: int
@@ -64,6 +67,7 @@ class ClipSpec:
     num_clips: int = 1
     num_crops: Literal[1, 3] = 1
     shuffled: bool = False
+    seed: int = 0
 
     @property
     def num_views(self) -> int:

@@ -25,7 +25,7 @@ from openeva.data.decode import RGB, DecodeError, decode
 from openeva.data.file_index import IMAGE_EXTENSIONS
 from openeva.data.motion import ACTIONS, MIN_FRAMES, action_of, check_actions, draw_motion, render_motion
 from openeva.data.sampler import seed_of
-from openeva.data.video_writer import MISSING_AV, write_video
+from openeva.data.video_writer import require_av, write_video
 
 MARKER = "clips.json"
 PHOTOGRAPHS = "skimage"
@@ -155,10 +155,7 @@ def build(out: Path, options: Options, *, num_workers: int = 0, watch: Callable[
 
 def check(options: Options) -> None:
     """Raise ConfigError for what makes no sense, ImportError where PyAV is missing."""
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise ImportError(MISSING_AV) from None
+    require_av()
     problems = []
     if options.num < 1:
         problems.append(f"--num: {options.num} clips; choose 1 or more")

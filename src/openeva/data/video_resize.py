@@ -25,7 +25,7 @@ from typing import Any
 from openeva.config import ConfigError
 from openeva.data.building import BrokenInputError, claim, num_cores, run_jobs, write_text
 from openeva.data.video import MISSING_SHARE, VIDEO_EXTENSIONS
-from openeva.data.video_writer import MISSING_AV, VideoWriter, check_quality
+from openeva.data.video_writer import VideoWriter, check_quality, require_av
 
 MARKER, BROKEN = "videos.json", "broken.txt"
 
@@ -134,10 +134,7 @@ def resize_folder(
 
 def check(options: Options) -> None:
     """Raise ConfigError for what makes no sense, ImportError where PyAV is missing."""
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise ImportError(MISSING_AV) from None
+    require_av()
     problems = []
     try:
         _parse(options.resize)

@@ -26,6 +26,18 @@ _LARGEST_MPEG4_CLOCK = 65535
 _MPEG4_BITS_PER_PIXEL = 0.25
 
 
+def require_av() -> None:
+    """Whether videos can be written.
+
+    Raises:
+        ImportError: PyAV is missing; the message says how to get it.
+    """
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise ImportError(MISSING_AV) from None
+
+
 class VideoWriter:
     """One video that is written frame by frame; a context manager.
 

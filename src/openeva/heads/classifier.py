@@ -40,8 +40,12 @@ def over_views(classify: Callable[[Tensor], Tensor], image: Shaped[Tensor, "B *v
     """
     if image.ndim < 6:
         return classify(image)
-    log_WBV = torch.stack([classify(view).float().log_softmax(dim=-1) for view in image.unbind(1)])
-    return log_WBV.logsumexp(dim=0) - math.log(image.shape[1])
+    return mean_of_views(torch.stack([classify(view).float() for view in image.unbind(1)]))
+
+
+def mean_of_views(logits_WBV: Float[Tensor, "W *B V"]) -> Float[Tensor, "*B V"]:
+    """Log of the mean probability over views; finite where a view is sure of something else."""
+    return logits_WBV.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits_WBV))
 
 
 class AttentionPooling(nn.Module):

@@ -32,6 +32,7 @@ from torch import Tensor
 from openeva.data.clips import ClipSpec
 from openeva.data.transform import Transform
 from openeva.data.video import Frames, Video, decoder_problem
+from openeva.heads.classifier import mean_of_views
 from openeva.inference.inputs import Input, find_videos, reason_of
 from openeva.inference.predictor import Embedding, HeatMap, Prediction, Predictor, Wanted, embeddings_of
 from openeva.inference.texts import TextClassifier
@@ -420,7 +421,7 @@ def _mean(predictor: Predictor, logits: Float[Tensor, "W *B V"]) -> Float[Tensor
     """Logits of several views or windows together: probabilities are averaged; of texts cosines, as in evaluations."""
     if isinstance(predictor.model, TextClassifier):
         return logits.mean(dim=0)
-    return logits.softmax(dim=-1).mean(dim=0).log()
+    return mean_of_views(logits)
 
 
 def _guesses(predictor: Predictor, logits: Sequence[Float[Tensor, "V"]]) -> Any:
