@@ -186,6 +186,10 @@ def data_clips(
         float, typer.Option(help="Share of the videos, and of the images, that are for validation.")
     ] = 0.2,
     drift: Annotated[bool, typer.Option("--drift", help="Let the other drawn objects move as well, slowly.")] = False,
+    easy: Annotated[
+        bool,
+        typer.Option("--easy", help="Draw plain grounds, large objects, long paths: a small model learns them."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Another one, other videos.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Processes; 0 = work in this one.", min=0, show_default="one per core")
@@ -205,7 +209,7 @@ def data_clips(
     from openeva.engine.log import counting
 
     names = tuple(name.strip() for name in (actions or "").split(",") if name.strip())
-    options = motion_clips.Options(images, num, frames, fps, size, names, val_share, drift, seed)
+    options = motion_clips.Options(images, num, frames, fps, size, names, val_share, drift, easy, seed)
     with counting(stdout(), "writing videos", num) as watch:
         built = motion_clips.build(out, options, num_workers=num_cores() if workers is None else workers, watch=watch)
     stdout().print(table(f"videos in {out}", ["label", "class", "train", "val"], motion_clips.rows_of(built)))

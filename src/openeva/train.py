@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from openeva.backbones.vit import VisionTransformer
 from openeva.checkpoints.load import LoadReport
 from openeva.checkpoints.native import CONFIG_FILE, is_complete, save_native
 from openeva.config import Config, ConfigError, Duration, Eval, dump_yaml
@@ -182,7 +183,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> RunResult:
         loop, stop = loop_config(recipe, task, lengths, precision, world), StopSignal()
         with RunLog(
             run.out, active=world.is_main, total_steps=lengths.total, console=console, wandb_project=run.wandb,
-            config=recipe.model_dump(mode="json"),
+            config=recipe.model_dump(mode="json"), unit="clips" if task.backbone.num_frames else "img",
         ) as log:  # fmt: skip
             resumed = checkpoints.load(state)  # last: whatever comes between this and the loop may use chance
             if world.is_main:
@@ -424,6 +425,7 @@ def describe(recipe: Recipe, task: Task, loader: TrainLoader, lengths: _Lengths,
         f" {lengths.total} steps in all, {lengths.warmup} of warm-up",
         *(f"  {line}" for report in _load_reports(task) for line in report.lines()),
         *_rates(recipe.optim),
+        *_random_and_frozen(task),
         f"  on {world.size} x {world.device} -> {recipe.run.out}",
     ]
 
@@ -432,6 +434,13 @@ def _rates(optim: OptimConfig) -> list[str]:
     """Which part learns at which rate, where they differ: `optim.lr` alone does not change those of towers."""
     rates = [f"{name} {optim.lr if tower.lr is None else tower.lr:g}" for name, tower in optim.towers.items()]
     return [f"  learning rates: {', '.join(rates)}, the rest {optim.lr:g}"] if rates else []
+
+
+def _random_and_frozen(task: Task) -> list[str]:
+    """A warning where nothing was loaded into what will not learn."""
+    if not task.trained_part or not isinstance(task.backbone, VisionTransformer) or _load_reports(task):
+        return []
+    return ["  WARNING: what is frozen has random weights; set task.init_from or task.backbone.weights"]
 
 
 def _load_reports(task: Task) -> list[LoadReport]:

@@ -57,6 +57,12 @@ def pixel_target(grid=(4, 4), teacher=None, **options):
     return Config(teacher=teacher or PixelConfig(), **{"precision": "fp32", **options}).build(grid)
 
 
+def test_a_teacher_of_clips_is_refused() -> None:
+    clips = {"name": "vit", "width": 8, "depth": 1, "num_heads": 2, "mlp_hidden": 8, "image_size": 16, "patch_size": 8}
+    with pytest.raises(ValueError, match="needs one that sees images"):
+        Config(teacher={**clips, "num_frames": 2, "tubelet": 1}).build((2, 2))
+
+
 class Images(list):
     """Batches as the evaluation loader gives them."""
 

@@ -105,6 +105,13 @@ def test_curves_and_summary(tmp_path: Path) -> None:
 RECORD = {"step": 5, "loss": -0.5, "lr": 1e-3, "grad_norm": 2.0, "samples_per_s": 100.0, "mfu": 0.25, "share_data": 0.5}
 
 
+def test_rates_name_what_is_counted(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with RunLog(tmp_path, active=True, total_steps=10, console=Console(file=out, width=200), unit="clips") as log:
+        log.write(RECORD)
+    assert "100 clips/s" in out.getvalue()
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_console(terminal: bool, tmp_path: Path) -> None:
     out = io.StringIO()

@@ -86,12 +86,12 @@ def test_looks_do_not_depend_on_the_label():
                     assert np.allclose(found, sorted(there))
 
 
-@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("how", [{}, {"drift": True}, {"easy": True}])
 @pytest.mark.parametrize(("action", "opposite"), OPPOSITES)
-def test_a_clip_backwards_is_its_opposite(action, opposite, drift):
+def test_a_clip_backwards_is_its_opposite(action, opposite, how):
     for index in range(5):
-        forwards = draw_motion(2, index, 10, actions=(action,), drift=drift)
-        backwards = draw_motion(2, index, 10, actions=(opposite,), drift=drift)
+        forwards = draw_motion(2, index, 10, actions=(action,), **how)
+        backwards = draw_motion(2, index, 10, actions=(opposite,), **how)
         assert forwards.scenes == backwards.scenes[::-1]
         assert forwards.scenes != backwards.scenes
 
@@ -200,6 +200,24 @@ def test_only_slow_drifts_distract():
     assert [scene.things[-1] for scene in still] == [scene.things[-1] for scene in drifting]
     for before, after in zip(drifting[0].things[:-1], drifting[-1].things[:-1], strict=True):
         assert 0 < math.dist((before.y, before.x), (after.y, after.x)) < 0.2
+
+
+def path_length(motion: motions.Motion) -> float:
+    first, last = motion.scenes[0].things[-1], motion.scenes[-1].things[-1]
+    return math.dist((first.y, first.x), (last.y, last.x))
+
+
+def test_easy_clips_show_more_on_less():
+    """All actions, the encounters included, can be drawn with large objects."""
+    for index in range(60):
+        usual, easy = (draw_motion(5, index, 6, easy=easy) for easy in (False, True))
+        assert usual.action == easy.action
+        assert {scene.ground.pattern for scene in easy.scenes} == {"plain"}
+        if easy.action.startswith("move"):
+            far, near = (path_length(motion) for motion in (easy, usual))
+            assert near < 0.73 < 0.99 < far
+            assert easy.scenes[0].things[-1].radius > 0.34
+    assert len({draw_motion(5, index, 4, easy=True).scenes[0].ground.colours[0] for index in range(60)}) > 6
 
 
 def occupied(scene: Scene) -> np.ndarray:

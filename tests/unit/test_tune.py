@@ -27,7 +27,7 @@ from openeva.layers.flops import training_passes
 from openeva.models import load_checkpoint
 from openeva.tasks.base import Task
 from openeva.tasks.classify import Config
-from openeva.train import Recipe
+from openeva.train import Recipe, dry_run
 from openeva.tune import Tune, apply_tuning
 
 VIT: dict[str, Any] = {
@@ -264,6 +264,22 @@ def test_a_layer_that_an_adapter_cannot_reach_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(made({"mode": "all"}).backbone.blocks[0].mlp), "forward", forward)
     with pytest.raises(ConfigError, match=r"reads the weights of blocks.0.mlp.fc1 past any adapter"):
         made({"mode": "lora", "targets": ["fc1"]})
+
+
+def test_frozen_random_weights_are_told(base: Path) -> None:
+    """Legal, as a baseline, but seldom meant."""
+    scenes = {"name": "scenes", "num_images": 16, "size": 16}
+    keys = {"data": {"train": [scenes], "num_workers": 0}, "run": {"out": "unused", "length": "2 steps",
+            "batch_size": 4, "device": "cpu"}, "optim": {"lr": 0.1, "warmup": "0 steps"}}  # fmt: skip
+
+    def told(tune: dict[str, Any], **start: Any) -> bool:
+        task = {"name": "classify", "backbone": VIT, "num_classes": 8, **start}
+        return "random weights" in "\n".join(dry_run(validate(Recipe, {"task": task, "tune": tune, **keys})))
+
+    assert told({"mode": "head"})
+    assert not told({"mode": "all"})
+    assert not told({"mode": "head"}, backbone={**VIT, "weights": str(base)})
+    assert not told({"mode": "head"}, init_from=str(base), num_classes=8)
 
 
 # ------------------------------------------------------------------------------------------------ files

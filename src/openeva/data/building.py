@@ -27,7 +27,7 @@ _PATIENCE_SECONDS = 5.0
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

@@ -10,7 +10,7 @@ What they look like and where they are is drawn before the action and without re
   does not know the order of the frames knows nothing about the direction.
 - Places are drawn for the middle of a motion, so that a middle frame says nothing about the direction either. The first
   and the last must say a little: what moves left is on average further right at first. Paths are short against the
-  places they may start from. Turns start at any angle: none of their frames says anything.
+  places they may start from, but in easy clips. Turns start at any angle: none of their frames says anything.
 - Every object has a pattern of two colours that differ clearly, so that a turn shows on any of them, discs included.
 - `collide` and `pass` begin and end with the two objects where they are in all other clips; they bounce, or change
   places, the main object crossing in front.
@@ -22,6 +22,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,28 @@ _ROOM = 0.65
 """How far from the middle of the picture the centre of a main object may be, halfway through its motion."""
 _MIN_CONTRAST = 140.0
 """Distance between the two colours of a pattern, of 441 between black and white."""
+
+
+class _Ranges(NamedTuple):
+    """Between which numbers a clip is drawn.
+
+    Attributes:
+        radius: Of the main object.
+        partner: Radius of its partner.
+        distance: Half the length of a path.
+        growth: Square root of the factor by which things grow.
+        textured: Whether grounds have a pattern.
+    """
+
+    radius: tuple[float, float]
+    partner: tuple[float, float]
+    distance: tuple[float, float]
+    growth: tuple[float, float]
+    textured: bool
+
+
+_USUAL = _Ranges(radius=(0.17, 0.4), partner=(0.17, 0.4), distance=(0.22, 0.36), growth=(1.22, 1.32), textured=True)
+_EASY = _Ranges(radius=(0.35, 0.55), partner=(0.17, 0.25), distance=(0.5, 0.7), growth=(1.45, 1.65), textured=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,13 @@ def action_of(seed: int, index: int, actions: Sequence[str]) -> str:
 
 
 def draw_motion(
-    seed: int, index: int, num_frames: int = 32, *, actions: Sequence[str] = ACTIONS, drift: bool = False
+    seed: int,
+    index: int,
+    num_frames: int = 32,
+    *,
+    actions: Sequence[str] = ACTIONS,
+    drift: bool = False,
+    easy: bool = False,
 ) -> Motion:
     """The clip of an index.
 
@@ -122,6 +151,8 @@ def draw_motion(
         num_frames: Length; the motion fills it.
         actions: Which may come. Of every `len(actions)` clips in a row, beginning at 0, each shows another one.
         drift: True = the other objects move as well, slowly and in any direction. False = they stand still.
+        easy: True = grounds are plain, objects larger and their paths longer: a small model can learn what happens
+            within minutes.
 
     Raises:
         ValueError: An action is unknown, or there are fewer than 4 frames.
@@ -130,7 +161,7 @@ def draw_motion(
     if num_frames < MIN_FRAMES:
         raise ValueError(f"num_frames {num_frames}: a motion needs at least {MIN_FRAMES} frames")
     action = action_of(seed, index, actions)
-    layout = _draw_layout(random.Random(seed_of(seed, index, _DRAW_KEY)), drift)
+    layout = _draw_layout(random.Random(seed_of(seed, index, _DRAW_KEY)), _EASY if easy else _USUAL, drift)
     path = _path(layout, _BASE.get(action, action))
     # symmetric to the last bit, so that a clip backwards is exactly its opposite
     times = [(2 * frame + 1 - num_frames) / (num_frames - 1) for frame in range(num_frames)]
@@ -154,14 +185,14 @@ def render_motion(motion: Motion, size: int | tuple[int, int]) -> Iterator[RGB]:
 # ------------------------------------------------------------------------------------------- what there is
 
 
-def _draw_layout(rng: random.Random, drift: bool) -> _Layout:
+def _draw_layout(rng: random.Random, ranges: _Ranges, drift: bool) -> _Layout:
     names = list(COLOURS)
     first, second = rng.sample(names, 2)
-    ground = Texture(
-        rng.choice(PATTERNS), (first, second), rng.uniform(0.4, 1.0), rng.uniform(0, math.pi), rng.uniform(0.02, 0.06)
-    )
+    pattern = rng.choice(PATTERNS)
+    period, angle, roughness = rng.uniform(0.4, 1.0), rng.uniform(0, math.pi), rng.uniform(0.02, 0.06)
+    ground = Texture(pattern if ranges.textured else "plain", (first, second), period, angle, roughness)
     free = [name for name in names if name not in ground.colours]
-    (main_y, main_x), (y, x), main_radius, radius = _draw_places(rng)
+    (main_y, main_x), (y, x), main_radius, radius = _draw_places(rng, ranges)
     main = Thing(
         rng.choice(SHAPES), _draw_pattern(rng, free), main_y, main_x, main_radius, rng.uniform(-math.pi, math.pi)
     )
@@ -177,16 +208,16 @@ def _draw_layout(rng: random.Random, drift: bool) -> _Layout:
     return _Layout(
         still=Scene(ground, things, rng.uniform(-0.15, 0.15), rng.getrandbits(63)),
         drifts=tuple(_draw_drift(rng, drift) for _ in things[:-1]),
-        ease=rng.random(), moment=rng.uniform(-0.35, 0.35), distance=rng.uniform(0.22, 0.36),
-        turn=rng.uniform(0.7, 1.2), growth=rng.uniform(1.22, 1.32), backwards=rng.random() < 0.5,
+        ease=rng.random(), moment=rng.uniform(-0.35, 0.35), distance=rng.uniform(*ranges.distance),
+        turn=rng.uniform(0.7, 1.2), growth=rng.uniform(*ranges.growth), backwards=rng.random() < 0.5,
     )  # fmt: skip
 
 
-def _draw_places(rng: random.Random) -> tuple[tuple[float, float], tuple[float, float], float, float]:
+def _draw_places(rng: random.Random, ranges: _Ranges) -> tuple[tuple[float, float], tuple[float, float], float, float]:
     """Two places far enough from each other for a collision, and the radii of the objects there."""
     while True:
         here, there = ((rng.uniform(-_ROOM, _ROOM), rng.uniform(-_ROOM, _ROOM)) for _ in range(2))
-        radii = [math.exp(rng.uniform(math.log(0.17), math.log(0.4))) for _ in range(2)]
+        radii = [math.exp(rng.uniform(*map(math.log, radius))) for radius in (ranges.radius, ranges.partner)]
         if math.dist(here, there) > max(0.9, 1.1 * sum(radii) + 0.35):
             return here, there, radii[0], radii[1]
 

@@ -54,6 +54,7 @@ class Options:
         actions: The classes; empty = all of `ACTIONS` or `IMAGE_ACTIONS`.
         val_share: Share of the clips, and of the images, that are for validation.
         drift: Whether the other drawn objects move, too.
+        easy: Whether drawn grounds are plain, objects larger and paths longer.
         seed: Another one, other clips.
     """
 
@@ -65,6 +66,7 @@ class Options:
     actions: tuple[str, ...] = ()
     val_share: float = 0.2
     drift: bool = False
+    easy: bool = False
     seed: int = 0
 
     @property
@@ -169,6 +171,8 @@ def check(options: Options) -> None:
         problems.append(f"--val-share: {options.val_share} is no share; choose from 0 to below 1, such as 0.2")
     if options.drift and options.images is not None:
         problems.append("--drift: images have no other objects that could drift; leave out --drift or --images")
+    if options.easy and options.images is not None:
+        problems.append("--easy: this says how clips are drawn; leave out --easy or --images")
     try:
         if options.images is None:
             check_actions(options.classes)
@@ -245,7 +249,9 @@ def make_clip(out: Path, options: Options, clip: Clip) -> None:
         BrokenInputError: Its image cannot be used.
     """
     if clip.image is None:
-        motion = draw_motion(clip.seed, clip.index, options.frames, actions=options.classes, drift=options.drift)
+        motion = draw_motion(
+            clip.seed, clip.index, options.frames, actions=options.classes, drift=options.drift, easy=options.easy
+        )
         assert motion.action == clip.action
         frames = render_motion(motion, options.size)
     else:
@@ -308,7 +314,8 @@ def _readme(built: Built) -> str:
     options = built.options
     if options.images is None:
         others = "drift slowly" if options.drift else "stand still"
-        how = f"Drawn objects, one of which does something: that is the class. The others {others}.\n"
+        grounds = " Grounds are plain, objects large and their paths long." if options.easy else ""
+        how = f"Drawn objects, one of which does something: that is the class. The others {others}.{grounds}\n"
         module = "motion"
     else:
         of = "the photographs of scikit-image" if str(options.images) == PHOTOGRAPHS else "images"

@@ -92,6 +92,7 @@ class RunLog:
         console: Where to show progress; None for nowhere.
         wandb_project: Also log to this W&B project (extra `wandb`).
         config: Resolved config for W&B.
+        unit: What samples are called beside their rate.
 
     Attributes:
         broken: Name -> reason of the files that could not be read, in earlier parts of the run too.
@@ -106,8 +107,9 @@ class RunLog:
         console: Console | None = None,
         wandb_project: str | None = None,
         config: Record | None = None,
+        unit: str = "img",
     ) -> None:
-        self.folder, self.active = folder, active
+        self.folder, self.active, self.unit = folder, active, unit
         self.bar: Progress | None = None
         self.broken: dict[str, str] = {}
         if not active:
@@ -192,19 +194,19 @@ class RunLog:
     def _show(self, record: Record) -> None:
         if self.console is None:
             return
-        line = format_record(record)
+        line = format_record(record, self.unit)
         if self.bar is not None and self.console.is_terminal and "loss" in record:
             self.bar.update(self.bar_task, line=line)
         else:
             self.console.print(f"step {record.get('step', 0)}: {line}", highlight=False, soft_wrap=True)
 
 
-def format_record(record: Record) -> str:
+def format_record(record: Record, unit: str) -> str:
     """One readable line of the numbers that matter most."""
     parts = []
     if "loss" in record:
         parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.1e}", f"|g| {record['grad_norm']:.3g}"]
-        parts += [f"{record['samples_per_s']:.0f} img/s", f"{record['mfu']:.0%} MFU"]
+        parts += [f"{record['samples_per_s']:.0f} {unit}/s", f"{record['mfu']:.0%} MFU"]
         shares = {key: record.get(f"share_{key}", 0.0) for key in ("data", "teacher", "optimiser")}
         parts += [f"{key} {share:.0%}" for key, share in shares.items() if share >= 0.005]
         if record.get("skipped_steps"):

@@ -55,6 +55,11 @@ class Facts:
         return getattr(target, "name", None) == "features"
 
     @property
+    def samples(self) -> str:
+        """What the run trains on, in the plural."""
+        return "clips" if getattr(getattr(self.recipe.task, "backbone", None), "num_frames", None) else "images"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the newest weights were trained against (see `Task.identity`)."""
         saved: dict[str, Any] = _read_json(self.run / "model" / "config.json")
@@ -151,9 +156,9 @@ def _key_numbers(facts: Facts, look: Look | Pairs | None) -> Iterable[tuple[str,
     elif losses:
         yield "held-out loss", f"{losses[-1][1]:.3f}"
     if facts.training:
-        yield "images seen", number_text(facts.training[-1]["samples"])
+        yield f"{facts.samples} seen", number_text(facts.training[-1]["samples"])
         yield "training time", duration(facts.seconds)
-        yield "images/s", number_text(facts.training[-1]["samples"] / max(facts.seconds, 1e-9))
+        yield f"{facts.samples}/s", number_text(facts.training[-1]["samples"] / max(facts.seconds, 1e-9))
     if look is not None:
         yield "parameters", number_text(look.num_parameters)
     if facts.num_broken:
@@ -174,11 +179,12 @@ def _in_words(facts: Facts, look: Look | Pairs | None) -> str:
     last = facts.training[-1]
     epochs = ""
     if look is not None and look.num_train:
-        epochs = f" ({last['samples'] / look.num_train:.3g} times through the {look.num_train:,} images)"
+        epochs = f" ({last['samples'] / look.num_train:.3g} times through the {look.num_train:,} {facts.samples})"
     on = f" on {facts.environment['device']}" if "device" in facts.environment else ""
     verb = "took" if facts.finished else "have taken so far"
     sentences.append(
-        f"{last['step']:,} steps of {facts.recipe.run.batch_size} images{epochs} {verb} {duration(facts.seconds)}{on}."
+        f"{last['step']:,} steps of {facts.recipe.run.batch_size} {facts.samples}{epochs} {verb}"
+        f" {duration(facts.seconds)}{on}."
     )
     losses = series(facts.evaluations, "held_out_loss", "").points
     if losses and facts.predicts_features:

@@ -89,6 +89,8 @@ class FeatureTarget(Target):
         if config.image_size is not None:
             teacher = type(teacher).model_validate({**teacher.model_dump(), "image_size": config.image_size})
         self.teacher: Backbone = teacher.build().eval().requires_grad_(False)
+        if self.teacher.num_frames is not None:
+            raise ValueError("the teacher in task.target.teacher sees clips; pre-training needs one that sees images")
         self.view = View(self.teacher.image_size, self.teacher.normalisation)
         self.layer = None if config.layer is None else config.layer % self.teacher.num_layers
         self.width = self._width()
