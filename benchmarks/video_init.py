@@ -37,7 +37,8 @@ from openeva.train import Recipe, train
 SCRATCH, EVA = "from scratch", "from EVA"
 OPPOSITE = {"pan_left": "pan_right", "pan_up": "pan_down", "move_left": "move_right", "move_up": "move_down"}
 MAIN = ["top1", "shuffled_top1", "held_out_loss"]
-PRETRAINING = ["task.backbone.image_size=32", "task.backbone.patch_size=8", "data.val.0.num_images=200"]
+PRETRAINING = ["task.backbone.image_size=32", "task.backbone.patch_size=8", "data.train.0.num_images=16000",
+               "data.val.0.num_images=200", "run.length=400000 samples"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,11 @@ class Data:
 
     Attributes:
         question: Title of the figure.
-        options: Of the clips; `num` of them.
-        pretraining: Of the EVA: its pictures and how many of them it sees.
+        options: Of the clips.
     """
 
     question: str
     options: motion_clips.Options
-    pretraining: list[str]
 
 
 SIZES = {"frames": 16, "size": 32}
@@ -62,7 +61,6 @@ DATA = {
         motion_clips.Options(
             num=12_000, actions=("move_left", "move_right", "move_up", "move_down"), easy=True, **SIZES
         ),
-        ["data.train.0.num_images=16000", "run.length=400000 samples"],
     ),
     "photographs": Data(
         "Which way does the camera move?",
@@ -70,7 +68,6 @@ DATA = {
             images=Path(motion_clips.PHOTOGRAPHS), num=3000, actions=("pan_left", "pan_right", "pan_up", "pan_down"),
             **SIZES,
         ),
-        ["data.train.0.num_images=8000", "run.length=48000 samples"],
     ),
 }  # fmt: skip
 COLOURS = {SCRATCH: "#5d6573", EVA: "#2f6fdb"}
@@ -129,7 +126,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     motion_clips.build(folder / "clips", options, num_workers=args.workers)
     data = [f"data.{part}.0.{key}={folder / 'clips' / file}" for part in ("train", "val")
             for key, file in (("file", f"{part}.txt"), ("labels", "labels.csv"))]  # fmt: skip
-    eva = run("pretrain/claim_init", folder / "eva", [*PRETRAINING, *chosen.pretraining], console)
+    eva = run("pretrain/claim_init", Path(args.out) / "eva", PRETRAINING, console)
     starts = {SCRATCH: [], EVA: [f"task.init_from={eva}"]}
     runs = {
         name: [

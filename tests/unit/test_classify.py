@@ -143,6 +143,17 @@ def test_the_classifier_is_taken_over_for_the_same_classes_only(
     assert ("classifier.weight" in task.load_report.dropped) == (not taken)
 
 
+def test_a_fresh_classifier_starts_near_zero_or_where_it_is_told() -> None:
+    """Spec section 1.6: deviation 0.02 times 0.001."""
+    official, wide = (task_of(400, **keys).classifier.classifier for keys in ({}, {"head_scale": 5.0}))
+    assert float(official.weight.detach().std()) == pytest.approx(2e-5, rel=0.05)
+    assert torch.allclose(wide.weight, official.weight * 5000)
+    assert not official.bias.any()
+    assert not wide.bias.any()
+    with pytest.raises(ValueError, match="head_scale"):
+        task_of(head_scale=0.0)
+
+
 @pytest.mark.parametrize(("pooling", "norm"), [("mean", False), ("cls", True), ("attention", True)])
 def test_the_final_norm_follows_the_pooling_unless_it_is_given(pooling: str, norm: bool) -> None:
     assert Config(backbone=VIT, pooling=pooling).backbone.final_norm is norm

@@ -24,7 +24,7 @@ Pooling = Literal["mean", "cls", "attention"]
 
 HEAD_STD = 0.02
 HEAD_SCALE = 0.001
-"""Fresh classifiers start close to zero: normal with `HEAD_STD`, times `HEAD_SCALE`."""
+"""The official fresh classifiers start close to zero: normal with `HEAD_STD`, times `HEAD_SCALE`."""
 PROBE_STD = 0.01
 """Of the weights of a linear probe, which stand behind a batch norm and are not scaled."""
 QUERY_HEAD_WIDTH = 64
@@ -79,10 +79,17 @@ class ImageClassifier(nn.Module):
         pooling: "mean" of the patch tokens, then `fc_norm`; the "cls" token; or "attention" of a learned query over the
             patch tokens, then `fc_norm`.
         batch_norm: Put a batch norm without affine parameters in front of the linear layer (the linear probe's head).
+        head_scale: Weights of a fresh classifier have the deviation 0.02 times this; a linear probe's have their own.
     """
 
     def __init__(
-        self, backbone: Backbone, num_classes: int, *, pooling: Pooling = "mean", batch_norm: bool = False
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        pooling: Pooling = "mean",
+        batch_norm: bool = False,
+        head_scale: float = HEAD_SCALE,
     ) -> None:
         super().__init__()
         if isinstance(getattr(backbone, "mask_token", None), nn.Parameter):
@@ -96,17 +103,17 @@ class ImageClassifier(nn.Module):
         self.classifier: nn.Module = linear
         if batch_norm:
             self.classifier = nn.Sequential(nn.BatchNorm1d(backbone.width, affine=False, eps=1e-6), linear)
-        self.init_head()
+        self._init_head(head_scale)
 
     @torch.no_grad()
-    def init_head(self) -> None:
-        """Draw the classifier's weights anew (spec section 1.6)."""
+    def _init_head(self, scale: float) -> None:
+        """Draw the classifier's weights (spec section 1.6)."""
         probe = isinstance(self.classifier, nn.Sequential)
         linear = cast(
             "nn.Linear", self.classifier[1] if isinstance(self.classifier, nn.Sequential) else self.classifier
         )
         nn.init.trunc_normal_(linear.weight, std=PROBE_STD if probe else HEAD_STD)
-        linear.weight.mul_(1.0 if probe else HEAD_SCALE)
+        linear.weight.mul_(1.0 if probe else scale)
         nn.init.zeros_(linear.bias)
 
     def forward(self, image_BCYX: Float[Tensor, "B C Y X"] | Float[Tensor, "B T C Y X"]) -> Float[Tensor, "B V"]:

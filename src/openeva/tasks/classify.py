@@ -32,7 +32,7 @@ from openeva.data.views import ViewSpec, normalise
 from openeva.engine.distributed import unwrap
 from openeva.evals.base import encode_all, held_out_accuracy, once, own_share
 from openeva.evals.linear_probe import StoredProbe, probe_problems
-from openeva.heads.classifier import ImageClassifier, Pooling, over_views
+from openeva.heads.classifier import HEAD_SCALE, ImageClassifier, Pooling, over_views
 from openeva.layers.flops import training_passes
 from openeva.tasks.base import Batch, Task, TaskConfig
 
@@ -61,6 +61,12 @@ class Config(TaskConfig):
         None, description="run, model folder, official name or file whose weights to start from"
     )
     init_head: bool = Field(True, description="take over its classifier too, where it is for the same classes")
+    head_scale: float = Field(
+        HEAD_SCALE,
+        gt=0,
+        description="weights of a fresh classifier have the deviation 0.02 times this; the official 0.001 leaves nearly"
+        " no gradient to the backbone at first: small models that do not come off chance may want 1 to 5",
+    )
     probe_first: bool = Field(
         False,
         description="start the classifier as a logistic regression on the frozen features of the training images"
@@ -148,8 +154,9 @@ class ClassifyTask(Task):
         self.class_names = config.class_names or [str(number) for number in range(config.num_classes)]
         backbone: Backbone = config.backbone.build()
         self.trainable = ImageClassifier(
-            backbone, config.num_classes, pooling=config.pooling, batch_norm=config.batch_norm
-        )
+            backbone, config.num_classes, pooling=config.pooling, batch_norm=config.batch_norm,
+            head_scale=config.head_scale,
+        )  # fmt: skip
         self.mixup = config.mixup.build()
         weights = config.class_weights if isinstance(config.class_weights, list) else None
         self.register_buffer("class_weight_V", None if weights is None else torch.tensor(weights), persistent=False)
