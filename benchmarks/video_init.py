@@ -8,8 +8,8 @@ drawn scenes, the demo's teacher). Writes an HTML report, a figure and JSON with
 used again, so that the same command goes on after a stop, and several with one seed each share the cores.
 
     python benchmarks/video_init.py --json benchmarks/results/video_init_scenes_cpu.json
-    python benchmarks/video_init.py --data photographs --json benchmarks/results/video_init_cpu.json
-    python benchmarks/video_init.py --draw docs/video_init.png benchmarks/results/video_init_{scenes_cpu,cpu}.json
+    python benchmarks/video_init.py --data photographs --json benchmarks/results/video_init_photographs_cpu.json
+    python benchmarks/video_init.py --draw FIGURE.png benchmarks/results/video_init_{scenes,photographs}_cpu.json
 """
 
 import argparse
@@ -173,7 +173,7 @@ def draw(file: Path, results: list[Path]) -> None:
         finish_panel(panel, f"{DATA[record['data']].question} Held-out clips, three seeds", "thousand clips seen")
         panel.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
