@@ -29,6 +29,7 @@ from openeva.config import load_config
 from openeva.data import motion_clips
 from openeva.data.clips import ViewsConfig
 from openeva.engine.hardware import environment
+from openeva.engine.precision import resolve_precision
 from openeva.evaluate import open_run
 from openeva.report import Group, Row, Table, print_tables, write_comparison
 from openeva.report.page import read_facts
@@ -152,6 +153,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {
         "what": "video_init", "data": args.data, "clips": options.num, "actions": list(options.actions),
         "environment": environment(torch.device("cpu")),
+        "precision": resolve_precision("auto", torch.device("cpu")),
         "seeds": args.seeds, "overrides": args.overrides, "main": MAIN,
         "groups": {group.name: numbers_of(group, groups[0]) for group in groups},
         "directions": measured, "costs": costs({"EVA": eva}, groups),

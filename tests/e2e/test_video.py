@@ -180,7 +180,7 @@ def test_a_finished_run_is_measured_by_an_evaluation_recipe(trained: Path, video
     source = f"{{name: video_list, root: /, file: {held_out}, labels: {tmp_path / 'labels.csv'}}}"
     found = measure(load_recipe("evaluate/kinetics", [
         f"evals.0.source={source}", "evals.0.views={num_clips: 2, num_crops: 3}", "evals.0.num_workers=0",
-        "evals.0.crop=null", f"run.out={tmp_path / 'measured'}", "run.device=cpu",
+        "evals.0.crop=null", f"run.out={tmp_path / 'measured'}", "run.device=cpu", "run.precision=fp32",
     ], weights=str(trained)))  # fmt: skip
     own = evaluate(trained)
     assert found.metrics["kinetics_400_top1"] == own["views_top1"]

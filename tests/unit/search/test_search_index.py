@@ -253,7 +253,7 @@ def test_the_second_process_waits_for_the_first(
 
 def test_other_weights_make_it_anew_and_say_so(photos: Path, weights: Path, other_weights: Path) -> None:
     indexed(photos, weights)
-    index = Index(photos, weights=other_weights)
+    index = Index(photos, weights=other_weights, precision="fp32")
     with pytest.raises(
         ValueError, match=r"made with other weights \(.*run\) than .*other; make it anew .* or give those"
     ):
@@ -272,10 +272,10 @@ def test_until_it_is_complete_the_index_of_the_old_weights_stays(
 ) -> None:
     hits, direct = indexed(photos, weights).search("a dog"), Direct(other_weights)
     with pytest.raises(KeyboardInterrupt):
-        Index(photos, weights=other_weights, batch_size=1).update(stop_after(4))
+        Index(photos, weights=other_weights, batch_size=1, precision="fp32").update(stop_after(4))
     assert Index(photos, weights=weights).search("a dog") == hits
     read_images.clear()
-    done = Index(photos, weights=other_weights, num_readers=1).update()
+    done = Index(photos, weights=other_weights, num_readers=1, precision="fp32").update()
     assert (done.num_new, done.replaced, len(read_images)) == (2, str(weights), 2)
     with pytest.raises(KeyboardInterrupt):
         Index(photos, weights=weights, batch_size=1).update(stop_after(4))
