@@ -14,7 +14,7 @@ already is used again, so that the same command goes on after a stop.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,19 +249,15 @@ def draw(file: Path, results: Sequence[Path]) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=list(MAIN), default="scenes")
-    parser.add_argument("--emoji", default="data/emoji", help="folder of `openeva data emoji`")
+def draw_or_measure(
+    parser: argparse.ArgumentParser,
+    draw: Callable[[Path, list[Path]], None],
+    measure: Callable[[argparse.Namespace, Console], dict[str, Any]],
+) -> None:
+    """The command line of a comparison of starts: its figure from results that are there, or all runs and JSON."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--loop", action="store_true", help="also a second EVA taught by the EVA-CLIP, and CLIPs from it"
-    )
-    parser.add_argument("--imagenet", action="store_true", help="also an EVA whose teacher has never seen the data")
-    parser.add_argument("--out", default="runs/claim_init/scenes", help="folder of the runs and the report")
     parser.add_argument("--json", type=Path, help="file of results")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw the results given as further arguments")
-    parser.add_argument("overrides", nargs="*", help="changes to all recipes, such as 'run.length=6400 samples'")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw, [Path(result) for result in args.overrides])
@@ -269,6 +265,19 @@ def main() -> None:
     record = measure(args, Console())
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=list(MAIN), default="scenes")
+    parser.add_argument("--emoji", default="data/emoji", help="folder of `openeva data emoji`")
+    parser.add_argument(
+        "--loop", action="store_true", help="also a second EVA taught by the EVA-CLIP, and CLIPs from it"
+    )
+    parser.add_argument("--imagenet", action="store_true", help="also an EVA whose teacher has never seen the data")
+    parser.add_argument("--out", default="runs/claim_init/scenes", help="folder of the runs and the report")
+    parser.add_argument("overrides", nargs="*", help="changes to all recipes, such as 'run.length=6400 samples'")
+    draw_or_measure(parser, draw, measure)
 
 
 if __name__ == "__main__":

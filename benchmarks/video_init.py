@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from claim_init import costs, draw_curves, finish_panel, numbers_of
+from claim_init import costs, draw_curves, draw_or_measure, finish_panel, numbers_of
 from openeva.checkpoints.native import is_complete
 from openeva.config import load_config
 from openeva.data import motion_clips
@@ -183,18 +183,9 @@ def main() -> None:
     parser.add_argument("--data", choices=list(DATA), default="scenes", help="what moves")
     parser.add_argument("--clips", type=int, help="held-out ones included (12,000 of scenes, 3,000 of photographs)")
     parser.add_argument("--workers", type=int, default=0, help="processes that write clips")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/video_init", help="clips, runs and report go to a folder below")
-    parser.add_argument("--json", type=Path, help="file of results")
-    parser.add_argument("--draw", type=Path, metavar="PNG", help="only draw the results given as further arguments")
     parser.add_argument("overrides", nargs="*", help="changes to video/motion, such as 'run.length=3200 samples'")
-    args = parser.parse_args()
-    if args.draw:
-        draw(args.draw, [Path(file) for file in args.overrides])
-        return
-    record = measure(args, Console())
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
+    draw_or_measure(parser, draw, measure)
 
 
 if __name__ == "__main__":
