@@ -432,7 +432,7 @@ def test_micro_batches_of_a_task_are_one_batch_or_have_the_gradient_of_their_mea
     loss, _ = task.forward_backward(batches, lambda value: value.backward())
     torch.testing.assert_close(loss, sum(losses) / len(parts))
     for key, value in gradients(task).items():
-        torch.testing.assert_close(value, expected[key], rtol=2e-5, atol=1e-5)
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)  # torch 2.11: 3e-5
 
 
 def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:

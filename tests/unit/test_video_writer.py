@@ -76,6 +76,13 @@ def test_equal_frames_give_equal_bytes_and_lower_quality_fewer(tmp_path):
     assert len(small) < len(first) / 2
 
 
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="x264 notes its settings in the file")
+@pytest.mark.parametrize(("columns", "setting"), [(126, b"mbtree=0"), (128, b"mbtree=1")])
+def test_narrow_videos_do_without_what_makes_them_differ(tmp_path, columns, setting):
+    write_video(tmp_path / "a.mp4", ramp(4, (32, columns)))
+    assert setting in (tmp_path / "a.mp4").read_bytes()
+
+
 def test_what_is_cut_short_leaves_nothing_and_the_old_file_alone(tmp_path):
     def failing():
         yield from ramp(90)  # more than the encoder looks ahead: some are on disk

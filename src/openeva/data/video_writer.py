@@ -21,6 +21,8 @@ import numpy.typing as npt
 RGB = npt.NDArray[np.uint8]
 
 MISSING_AV = "writing videos needs PyAV: pip install 'openeva[video]'"
+_NARROW = 128
+"""Pixels. In narrower videos x264's macroblock tree (with AVX-512) is not repeatable: files differ now and then."""
 _LARGEST_MPEG4_CLOCK = 65535
 """Ticks per second that MPEG-4 part 2 can count."""
 _MPEG4_BITS_PER_PIXEL = 0.25
@@ -91,6 +93,8 @@ class VideoWriter:
             )
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         options = {"crf": str(crf), "preset": preset} if codec == "libx264" else {}
+        if codec == "libx264" and columns < _NARROW:
+            options["x264-params"] = "mbtree=0"
         self._stream: Any = self._container.add_stream(codec, rate=rate, options=options)
         context: Any = self._stream.codec_context
         context.width, context.height, context.pix_fmt = columns, rows, "yuv420p"
