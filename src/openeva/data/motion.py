@@ -2,7 +2,8 @@
 
 (seed, index) -> `draw_motion` -> `Motion` (an action and a `Scene` per frame) -> `render_motion` -> RGB frames
 
-Every clip shows two objects of like size, up to two small ones and a ground; the main object is drawn last, in front.
+Every clip shows two objects of like size (an easy one a large and a small one), up to two small ones and a ground; the
+main object is drawn last, in front.
 What they look like and where they are is drawn before the action and without regard to it:
 
 - A direction and its opposite are one drawing run forwards or backwards: the frames of `move_left` in the reverse order
